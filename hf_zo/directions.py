@@ -1,0 +1,107 @@
+"""Directions: seeded, regenerable perturbations of the trainable tensors, and the points they lead to.
+
+A `Direction` is never stored: `Direction.sample` draws any tensor of it, in any order, always with the same bits. A `Probe`
+is a point ``theta + sum_i a_i * direction_i`` at which a loss is wanted. `displace` walks along directions; runtimes use it
+to reach a probe and the optimizer uses it to apply an update, so what is perturbed is what is updated.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import noise
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a direction has to know of a trainable tensor."""
+
+    shape: tuple[int, ...]
+    device: torch.device
+
+
+Space = Mapping[str, TensorSpec]
+"""The trainable tensors by canonical name, in ``named_parameters()`` order (tied tensors appear once)."""
+
+
+def space_of(params: Mapping[str, torch.Tensor]) -> Space:
+    """Describe ``params`` for the directions that will perturb them."""
+    return {name: TensorSpec(tuple(p.shape), p.device) for name, p in params.items()}
+
+
+class Direction(ABC):
+    """One perturbation of all trainable tensors, a pure function of its key."""
+
+    @abstractmethod
+    def sample(self, name: str) -> torch.Tensor:
+        """The direction of tensor ``name``: fp32, of the tensor's shape, on its device."""
+
+
+Terms = Sequence[tuple[float, Direction]]
+"""A linear combination of directions."""
+
+
+class DenseDirection(Direction):
+    """Independent entries with mean 0 and variance 1, Gaussian or Rademacher.
+
+    Args:
+        space: the trainable tensors.
+        seed: run seed.
+        step: optimizer step the direction belongs to.
+        index: number of the direction within the step.
+        kind: ``"gaussian"`` or ``"rademacher"``.
+    """
+
+    def __init__(self, space: Space, seed: int, step: int, index: int, kind: noise.Kind = "gaussian") -> None:
+        self.space = space
+        self.seed = seed
+        self.step = step
+        self.index = index
+        self.kind: noise.Kind = kind
+
+    def key(self, name: str) -> int:
+        """Stream key of tensor ``name`` (see `noise.stream_key`)."""
+        return noise.stream_key(self.seed, self.step, self.index, "direction", name)
+
+    def sample(self, name: str) -> torch.Tensor:
+        """The direction of tensor ``name``."""
+        spec = self.space[name]
+        return noise.sample(self.key(name), spec.shape, spec.device, self.kind)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A point at which a loss is wanted: the current weights plus ``terms``. No terms: the weights themselves."""
+
+    terms: tuple[tuple[float, Direction], ...] = ()
+
+
+def displace(
+    out: torch.Tensor,
+    theta: torch.Tensor,
+    name: str,
+    terms: Terms,
+    *,
+    decay: float = 1.0,
+    rounding_key: int | None = None,
+) -> torch.Tensor:
+    """Write ``decay * theta + sum_i a_i * direction_i[name]`` into ``out`` and return it.
+
+    Accumulated in fp32 (fp64 for fp64 tensors) in the order of ``terms`` and rounded once to ``theta.dtype``: to nearest, or
+    stochastically for 16-bit tensors when a ``rounding_key`` is given. ``out`` may be ``theta``.
+    """
+    dense = [(a, d) for a, d in terms if isinstance(d, DenseDirection)]
+    if len(dense) == len(terms) and len({d.kind for _, d in dense}) <= 1:
+        kind = dense[0][1].kind if dense else "gaussian"
+        keys, factors = [d.key(name) for _, d in dense], [a for a, _ in dense]
+        return noise.displace(out, theta, keys, factors, kind=kind, decay=decay, rounding_key=rounding_key)
+    value = theta.to(torch.promote_types(theta.dtype, torch.float32)) * decay
+    for a, direction in terms:
+        value = value + direction.sample(name).to(value.dtype) * a
+    if rounding_key is not None and theta.dtype in (torch.bfloat16, torch.float16):
+        return noise.round_stochastically(value, rounding_key, out)
+    return out.copy_(value)

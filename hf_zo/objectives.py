@@ -1,0 +1,72 @@
+"""What a probe measures: the training loss, or a score that has no gradient.
+
+An objective is a function ``(trainer, model, inputs) -> value``, to be minimised: the mean over the examples of the batch.
+Scores are therefore turned around (``1 - accuracy``). Both are step functions of the weights: at a small radius most
+differences are exactly zero, so use a large ``zo_eps`` and a large batch.
+
+Register your own in `OBJECTIVES`, or pass ``ZOTrainer(objective_fn=...)`` a function ``(model, inputs) -> value``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .tasks.generation import greedy_answers, reference_answers
+from .tasks.scoring import OptionLabels, option_predictions
+from .tasks.text import token_f1
+
+Objective = Callable[[Any, nn.Module, Mapping[str, Any]], torch.Tensor]
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether position i of the logits predicts label i + 1, as in causal language models."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def label_count(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | int:
+    """How many items the mean loss of a batch is a mean of: label tokens, or examples where a label is per example."""
+    labels = inputs.get("labels")
+    if isinstance(labels, OptionLabels):
+        return len(labels["target"])
+    if isinstance(labels, torch.Tensor):
+        if labels.dtype.is_floating_point:
+            return len(labels)
+        if labels.ndim > 1 and shifts_labels(model):
+            labels = labels[..., 1:]
+        return labels.ne(-100).sum()
+    return next((len(v) for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim), 1)
+
+
+def accuracy(trainer: Any, model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """One minus the share of right predictions: per example for options and classes, per label token for language models."""
+    labels = inputs["labels"]
+    _, outputs = trainer.compute_loss(model, dict(inputs), return_outputs=True)
+    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+    if isinstance(labels, OptionLabels):
+        predictions, labels = option_predictions(logits, labels), labels["target"]
+    elif shifts_labels(trainer.accelerator.unwrap_model(model)):
+        predictions, labels = logits[:, :-1].argmax(-1), labels[:, 1:]
+    else:
+        predictions = logits.argmax(-1)
+    counted = labels.ne(-100)
+    right = predictions.eq(labels) & counted
+    return 1.0 - right.sum().float() / counted.sum().clamp(min=1)
+
+
+def f1(trainer: Any, model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """One minus the mean token F1 of greedy answers to the prompts, against the label tokens."""
+    tokenizer = trainer.processing_class
+    if tokenizer is None:
+        raise ValueError("zo_objective='f1' decodes answers: pass the tokenizer as processing_class to the trainer.")
+    answers = greedy_answers(trainer.accelerator.unwrap_model(model), inputs, tokenizer)
+    scores = [token_f1(a, r) for a, r in zip(answers, reference_answers(inputs, tokenizer), strict=True)]
+    return torch.tensor(1.0 - sum(scores) / max(len(scores), 1))
+
+
+OBJECTIVES: dict[str, Objective | None] = {"loss": None, "accuracy": accuracy, "f1": f1}

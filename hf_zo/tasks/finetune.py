@@ -1,0 +1,221 @@
+"""One fine-tuning run on one prompted task, as the example scripts start it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..trainer import ZOTrainer
+from ..training_args import ZOTrainingArguments
+from .data import load_rows
+from .encoding import EncodedRows, Form, encode_rows
+from .generation import GenerateToEvaluate
+from .metrics import metrics_for
+from .scoring import OptionCollator, option_loss, option_predictions
+from .templates import Task, get_task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and what of it is trained."""
+
+    model_name_or_path: str = field(metadata={"help": "Model on the Hub or folder written by save_pretrained."})
+    head: str = field(
+        default="lm",
+        metadata={
+            "help": "'lm': causal LM, options or answers after a prompt; 'mlm': masked LM, verbalizer at a mask; "
+            "'classification': AutoModelForSequenceClassification."
+        },
+    )
+    peft: str = field(default="none", metadata={"help": "'lora', 'prefix', or 'none' for full-parameter training."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter, alpha / r."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Module names that get an adapter."}
+    )
+    num_virtual_tokens: int = field(default=5, metadata={"help": "Length of the prefix."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Of the model's weights: 'bfloat16', 'float32', 'float16'."})
+
+
+@dataclass
+class DataArguments:
+    """Which task, and how much of it."""
+
+    task_name: str = field(metadata={"help": "Name of the task."})
+    dataset_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder with train.jsonl[.gz] and validation.jsonl[.gz]; default: the Hub's data set."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Rows to train on, drawn by data_seed or seed."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Rows to evaluate on."})
+    max_seq_length: int = field(default=512, metadata={"help": "Longer prompts lose the end of their context."})
+
+
+class _GeneratingTrainer(GenerateToEvaluate, ZOTrainer):
+    """Evaluates by greedy answers."""
+
+
+def load_model(arguments: ModelArguments, task: Task) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Model with its adapter, and tokenizer.
+
+    Raises:
+        ValueError: for an unknown ``head``, ``peft`` or ``dtype``.
+    """
+    classes: dict[str, Any] = {
+        "lm": AutoModelForCausalLM,
+        "mlm": AutoModelForMaskedLM,
+        "classification": AutoModelForSequenceClassification,
+    }
+    if arguments.head not in classes:
+        raise ValueError(f"head={arguments.head!r} does not exist; choose one of {', '.join(classes)}.")
+    if arguments.dtype not in ("bfloat16", "float32", "float16"):
+        raise ValueError(f"dtype={arguments.dtype!r} does not exist; choose bfloat16, float32 or float16.")
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype)}
+    if arguments.head == "classification":
+        if task.options is None or not task.texts:
+            raise ValueError(f"{task.name} has no plain text form for head='classification'; use head='lm'.")
+        kwargs["num_labels"] = len(task.options({}))
+    model = classes[arguments.head].from_pretrained(arguments.model_name_or_path, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    if arguments.peft == "none":
+        return model, tokenizer
+    task_type = {"lm": "CAUSAL_LM", "mlm": None, "classification": "SEQ_CLS"}[arguments.head]
+    if arguments.peft == "lora":
+        config: PeftConfig = LoraConfig(
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            target_modules=arguments.lora_target_modules,
+            task_type=task_type,
+        )
+    elif arguments.peft == "prefix":
+        config = PrefixTuningConfig(num_virtual_tokens=arguments.num_virtual_tokens, task_type=task_type)
+    else:
+        raise ValueError(f"peft={arguments.peft!r} does not exist; choose 'lora', 'prefix' or 'none'.")
+    return get_peft_model(model, config), tokenizer
+
+
+def _encode(
+    task: Task, split: str, rows: list[Any], tokenizer: Any, data: DataArguments, form: Form, limit: int
+) -> EncodedRows:
+    encoded = encode_rows(task, rows, tokenizer, min(data.max_seq_length, limit), form)
+    if encoded.shortened:
+        logger.warning(
+            "%d of %d %s rows of %s were shortened to %d tokens by cutting their %s.",
+            encoded.shortened,
+            len(encoded),
+            split,
+            task.name,
+            min(data.max_seq_length, limit),
+            task.context,
+        )
+    return encoded
+
+
+def _by_length(rows: list[Any], encoded: EncodedRows) -> tuple[list[Any], EncodedRows]:
+    """Evaluation rows in order of length: batches of equal lengths waste little on padding."""
+
+    def length(i: int) -> int:
+        example = encoded[i]
+        return max(map(len, example["rows"])) if "rows" in example else len(example["input_ids"])
+
+    order = sorted(range(len(rows)), key=length)
+    return [rows[i] for i in order], EncodedRows([encoded[i] for i in order], encoded.shortened)
+
+
+def finetune(model_arguments: ModelArguments, data: DataArguments, training: ZOTrainingArguments, task: Task) -> dict[str, Any]:
+    """Train, evaluate and write the metrics as the Trainer's own examples do; returns the evaluation's metrics."""
+    set_seed(training.seed)
+    seed = training.data_seed if training.data_seed is not None else training.seed
+    # Bad data speaks up before a model is loaded.
+    train_rows = load_rows(task, "train", data.dataset_dir, data.max_train_samples, seed) if training.do_train else []
+    eval_wanted = training.do_eval or training.eval_strategy != "no"
+    eval_rows = load_rows(task, "validation", data.dataset_dir, data.max_eval_samples, seed) if eval_wanted else []
+
+    model, tokenizer = load_model(model_arguments, task)
+    limit = getattr(model.config, "max_position_embeddings", data.max_seq_length) or data.max_seq_length
+    form: Form = "answers" if task.options is None else {"lm": "options", "mlm": "mask"}.get(model_arguments.head, "classes")  # type: ignore[assignment]
+    train_set = _encode(task, "training", train_rows, tokenizer, data, form, limit)
+    eval_rows, eval_set = _by_length(eval_rows, _encode(task, "evaluation", eval_rows, tokenizer, data, form, limit))
+    training.remove_unused_columns = False  # encoded rows carry what the collator needs
+    hooks: dict[str, Any] = {}
+    if form in ("options", "mask"):
+        hooks = {
+            "data_collator": OptionCollator(tokenizer, model),
+            "compute_loss_func": option_loss,
+            "preprocess_logits_for_metrics": option_predictions,
+        }
+    elif form == "answers":
+        hooks = {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
+    else:
+        hooks = {"data_collator": DataCollatorWithPadding(tokenizer)}
+    trainer = (_GeneratingTrainer if form == "answers" else ZOTrainer)(
+        model,
+        training,
+        train_dataset=train_set if training.do_train else None,
+        eval_dataset=eval_set if eval_wanted else None,
+        processing_class=tokenizer,
+        compute_metrics=metrics_for(task, eval_rows, tokenizer),
+        **hooks,
+    )
+    if training.do_train:
+        resume = training.resume_from_checkpoint
+        if resume in ("True", "true"):
+            resume = get_last_checkpoint(training.output_dir)
+        result = trainer.train(resume_from_checkpoint=resume)
+        metrics = {**result.metrics, "train_samples": len(train_set), "train_shortened": train_set.shortened}
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+    metrics = {}
+    if training.do_eval:
+        metrics = trainer.evaluate()
+        metrics |= {"eval_samples": len(eval_set), "eval_shortened": eval_set.shortened}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    return metrics
+
+
+def main(family: str) -> dict[str, Any]:
+    """Parse the command line of an example script and run it; errors of usage end with their message and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    transformers.utils.logging.set_verbosity_warning()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        parser = HfArgumentParser((ModelArguments, DataArguments, ZOTrainingArguments))  # type: ignore[arg-type]
+        model_arguments, data, training = parser.parse_args_into_dataclasses()
+        task = get_task(data.task_name, family)
+    except ValueError as error:
+        sys.exit(_usage(error))
+    return finetune(model_arguments, data, training, task)
+
+
+def _usage(error: ValueError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2

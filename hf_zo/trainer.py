@@ -1,0 +1,342 @@
+"""ZOTrainer: the transformers Trainer, with a step that runs forward only.
+
+The Trainer's loop is untouched. `training_step` collects the micro-batches of an accumulation window; with the last one it
+lets the estimator measure its probes over the whole window, restores the weights, and stages the estimate. The loop's own
+``optimizer.step()`` then applies it (`ZOOptimizer`). So schedules, callbacks, logging, saving and resuming are the Trainer's:
+
+    estimator --probes--> runtime --losses--> estimator --estimate--> optimizer --> weights
+
+Read in this order: this file, ``estimators/mezo.py``, ``runtimes/torch.py``, ``optimizer.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+from accelerate.data_loader import prepare_data_loader
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from .directions import Probe, space_of
+from .estimators import METHODS, Estimator
+from .objectives import OBJECTIVES, label_count
+from .optimizer import ZOOptimizer
+from .precision import fp32_losses
+from .runtimes import TorchRuntime
+from .runtimes.torch import evaluation_mode
+from .training_args import Trained, ZOTrainingArguments, recommended
+
+logger = logging.getLogger(__name__)
+
+# The mixin goes in front of any Trainer subclass; type checkers may take it for a Trainer itself.
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A probe gave NaN or infinity. The weights are restored and nothing was applied."""
+
+
+class ZOTrainerMixin(_Base):
+    """Turns a Trainer subclass into a forward-only one: ``class MyTrainer(ZOTrainerMixin, Seq2SeqTrainer)``.
+
+    The training arguments must derive from `ZOTrainingArguments`; for a trainer with arguments of its own, combine them:
+    ``@dataclass class MyConfig(ZOTrainingArguments, SFTConfig): pass``.
+
+    Args:
+        objective_fn: ``(model, inputs) -> value`` to minimise, the mean over the batch; replaces ``zo_objective``.
+        *args, **kwargs: the trainer's own.
+
+    Raises:
+        TypeError: if the arguments are not `ZOTrainingArguments`.
+        ValueError: if nothing is trainable, or something trainable is quantised.
+    """
+
+    args: ZOTrainingArguments
+    model: Any
+    optimizer: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *rest: Any,
+        objective_fn: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor | float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = ZOTrainingArguments(output_dir="trainer_output")
+        if not isinstance(args, ZOTrainingArguments):
+            raise TypeError(
+                f"args is a {type(args).__name__}; {type(self).__name__} needs ZOTrainingArguments or a dataclass that "
+                "derives from it, such as `class MyConfig(ZOTrainingArguments, SFTConfig)`."
+            )
+        if objective_fn is not None and args.zo_objective != "loss":
+            raise ValueError(f"objective_fn and zo_objective={args.zo_objective!r} exclude each other; give one of them.")
+        if args.zo_objective not in OBJECTIVES:
+            raise ValueError(f"zo_objective={args.zo_objective!r} does not exist; choose one of {', '.join(OBJECTIVES)}.")
+        self._objective_fn = objective_fn
+        self._window: list[dict[str, Any]] = []
+        self._runtime: TorchRuntime | None = None
+        self._last_loss = math.nan
+        self._metrics_of_step: dict[str, float] = {}
+        super().__init__(model, args, *rest, **kwargs)
+        self._check_model(self.model)
+        self._resolve_defaults()
+
+    # ---- construction ----------------------------------------------------------------------------------------------
+
+    def _check_model(self, model: nn.Module) -> None:
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError(
+                "The model has no trainable parameter (requires_grad is False everywhere); unfreeze some, or add an adapter "
+                "with peft.get_peft_model."
+            )
+        for name, p in trainable.items():
+            if not p.dtype.is_floating_point or type(p).__name__ in ("Params4bit", "Int8Params"):
+                raise ValueError(
+                    f"{name} is quantised ({type(p).__name__}, {p.dtype}) and cannot be trained; freeze it and train a PEFT "
+                    "adapter on top."
+                )
+
+    def _resolve_defaults(self) -> None:
+        lr, eps = recommended(self.args.zo_method, trained_kind(self.model))
+        if self.args.learning_rate is None:
+            self.args.learning_rate = lr
+        if self.args.zo_eps is None:
+            self.args.zo_eps = eps
+        logger.info(
+            "%s with learning_rate=%g, zo_eps=%g, zo_seed=%s",
+            self.args.zo_method,
+            self.args.learning_rate,
+            self.args.zo_eps,
+            self.args.zo_seed,
+        )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Prepare models as for evaluation: no DistributedDataParallel, whose gradient buckets would double the memory."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's; with ``zo_parallel="directions"`` every process reads all of it."""
+        if self.args.zo_parallel == "data" or self.accelerator.num_processes == 1:
+            return super().get_train_dataloader()
+        sharding = self.accelerator.prepare_data_loader
+        self.accelerator.prepare_data_loader = functools.partial(
+            prepare_data_loader,
+            device=self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            use_seedable_sampler=True,
+            data_seed=self.args.data_seed,
+        )
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.prepare_data_loader = sharding
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build estimator, runtime and `ZOOptimizer` over the trainable parameters, in the Trainer's decay groups."""
+        if isinstance(self.optimizer, ZOOptimizer):
+            return self.optimizer
+        model = self.model if model is None else model
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        inner = self.optimizer
+        if inner is None and (self.args.optim != "sgd" or self.optimizer_cls_and_kwargs is not None):
+            inner = super().create_optimizer()
+        decayed = set(self.get_decay_parameter_names(model))
+        groups = [
+            {"params": chosen, "lr": self.args.learning_rate, "weight_decay": decay}
+            for decay, chosen in (
+                (self.args.weight_decay, [p for name, p in params.items() if name in decayed]),
+                (0.0, [p for name, p in params.items() if name not in decayed]),
+            )
+            if chosen
+        ]
+        estimator: Estimator = METHODS[self.args.zo_method](space_of(params), **self.args.estimator_kwargs())
+        self._runtime = TorchRuntime(params, self.args.zo_restore, model)
+        self.optimizer = ZOOptimizer(groups, {p: name for name, p in params.items()}, estimator, inner)
+        self._agree_on_weights(params.values())
+        return self.optimizer
+
+    def _agree_on_weights(self, params: Iterable[torch.Tensor]) -> None:
+        """Start from rank 0's trainables everywhere; from then on equal losses keep the ranks equal."""
+        if self.accelerator.num_processes > 1:
+            for p in params:
+                torch.distributed.broadcast(p.detach().view(-1).view(torch.uint8), src=0)
+
+    @property
+    def _zo_optimizer(self) -> ZOOptimizer:
+        # accelerate wraps the optimizer during training
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(optimizer, ZOOptimizer)
+        return optimizer
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; a new window begins, also after a retry that gave up the last one."""
+        self._window = []
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Collect a micro-batch; with the last one of the window, estimate and stage. Weights end as they began.
+
+        Returns the loss of the whole window with its last micro-batch and zero before: the Trainer adds them up.
+        """
+        self._window.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        window, self._window = self._window, []
+        optimizer = self._zo_optimizer
+        measured = 0
+
+        def oracle(probes: Sequence[Probe]) -> list[float]:
+            nonlocal measured
+            measured += len(probes)
+            return self._finite(self._measure(model, probes, window, num_items_in_batch))
+
+        try:
+            with torch.no_grad(), evaluation_mode(self.model):
+                estimate = optimizer.estimator.estimate(self.state.global_step, oracle)
+        except NonFiniteLossError as error:
+            if self.args.zo_nonfinite == "raise":
+                raise
+            logger.warning("Step %d is skipped: %s", self.state.global_step, error)
+            optimizer.stage(None, measured)
+        else:
+            optimizer.stage(estimate, measured)
+            self._last_loss = estimate.loss
+            self._metrics_of_step = {
+                "zo/projected_gradient": estimate.projected_gradients[-1],
+                "zo/scale": estimate.scale,
+                # E s^2 is the squared gradient norm for directions of unit variance
+                "grad_norm": math.sqrt(sum(s * s for s in estimate.projected_gradients) / len(estimate.projected_gradients)),
+            }
+        # A skipped step reports the loss of the step before it, never 0; zo/skipped_steps tells them apart.
+        return torch.tensor(self._last_loss, device=self.args.device)
+
+    def _measure(
+        self, model: nn.Module, probes: Sequence[Probe], window: list[dict[str, Any]], num_items: torch.Tensor | int | None
+    ) -> list[float]:
+        """Losses of the pooled window at ``probes``: over micro-batches, then over processes. fp64; the same on all ranks."""
+        assert self._runtime is not None
+        scaled = self._loss_is_scaled(num_items)
+        weights = [1.0 if scaled else float(label_count(self.model, inputs)) for inputs in window]
+        total = sum(weights)
+
+        def measure() -> torch.Tensor:
+            losses = [self._probe_loss(model, dict(inputs), num_items).double() for inputs in window]
+            if scaled:  # each is a sum over its items, divided by the items of the window
+                return torch.stack(losses).sum()
+            return sum(w * x for w, x in zip(weights, losses, strict=True)) / max(total, 1.0)  # type: ignore[return-value]
+
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if ranks == 1:
+            return self._runtime.losses(probes, measure)
+        if self.args.zo_parallel == "directions":
+            # Every rank measures equally many, the last one again where they do not come out even: the training loss may
+            # itself communicate.
+            share = [probes[min(i, len(probes) - 1)] for i in range(rank, -(-len(probes) // ranks) * ranks, ranks)]
+            mine = self._runtime.losses(share, measure)
+            gathered = torch.zeros(len(probes) + ranks, dtype=torch.float64)
+            for i, loss in zip(range(rank, len(probes), ranks), mine, strict=False):
+                gathered[i] = loss
+            return self._sum_over_ranks(gathered)[: len(probes)]
+        # With average_tokens_across_devices every rank's loss is already divided by the items of all ranks and multiplied
+        # by their number; otherwise ranks count by their items.
+        weight = 1.0 if scaled and self.args.average_tokens_across_devices else float(num_items) if scaled else total  # type: ignore[arg-type]
+        mine = self._runtime.losses(probes, measure)
+        *sums, total_weight = self._sum_over_ranks(torch.tensor([*(weight * x for x in mine), weight], dtype=torch.float64))
+        return [x / total_weight for x in sums]
+
+    def _probe_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> torch.Tensor:
+        """The objective on one micro-batch under the weights as they stand, fp32."""
+        score = OBJECTIVES[self.args.zo_objective]
+        with self.compute_loss_context_manager(), fp32_losses(self.model):
+            value: Any
+            if self._objective_fn is not None:
+                value = self._objective_fn(model, inputs)
+            elif score is not None:
+                value = score(self, model, inputs)
+            else:
+                value = self.compute_loss(model, inputs, num_items_in_batch=num_items)
+        return torch.as_tensor(value, dtype=torch.float32, device=self.args.device)
+
+    def _loss_is_scaled(self, num_items: torch.Tensor | int | None) -> bool:
+        """Whether micro-batch losses add up to the window's, as the Trainer's own step decides it."""
+        if self._objective_fn is not None or self.args.zo_objective != "loss":
+            return False
+        told = getattr(self, "loss_is_scaled_for_ga", None)
+        if told is not None:
+            return bool(told)
+        return (self.model_accepts_loss_kwargs or self.compute_loss_func is not None) and num_items is not None
+
+    def _sum_over_ranks(self, values: torch.Tensor) -> list[float]:
+        values = values.to(self.args.device)
+        torch.distributed.all_reduce(values)
+        return [float(x) for x in values.tolist()]
+
+    def _finite(self, losses: list[float]) -> list[float]:
+        """Pass finite losses on. All ranks see the same numbers here, so they decide alike."""
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(
+                    f"The loss at probe {i + 1} of {len(losses)} is {loss} (step {self.state.global_step}, "
+                    f"learning_rate={self.args.learning_rate}, zo_eps={self.args.zo_eps}). The weights are restored. Lower the "
+                    "learning rate or set zo_clip if the loss was growing; look at the batch if it came suddenly; or set "
+                    "zo_nonfinite='skip'."
+                )
+        return losses
+
+    # ---- reports ---------------------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
+        """The root mean square projected gradient: there is no gradient whose norm the Trainer could take."""
+        return self._metrics_of_step.get("grad_norm")
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Two operations per token, parameter and forward pass; the Trainer counts six for forward and backward."""
+        return super().floating_point_ops(inputs) * self._zo_optimizer.estimator.forwards // 3
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the step's own numbers to the training logs."""
+        if "loss" in logs and self._metrics_of_step:
+            optimizer = self._zo_optimizer
+            scale = self._metrics_of_step["zo/scale"]
+            logs["zo/projected_gradient"] = self._metrics_of_step["zo/projected_gradient"]
+            logs["zo/effective_learning_rate"] = logs.get("learning_rate", optimizer.param_groups[0]["lr"]) * scale
+            logs["zo/forward_passes"] = optimizer.forward_passes
+            logs["zo/skipped_steps"] = optimizer.skipped_steps
+        super().log(logs, *args, **kwargs)
+
+
+class ZOTrainer(ZOTrainerMixin, Trainer):
+    """Drop-in for `transformers.Trainer` that fine-tunes with forward passes only.
+
+    Takes what `Trainer` takes, with `ZOTrainingArguments`, and ``objective_fn`` (see `ZOTrainerMixin`). ``optimizers`` may
+    hold any torch optimizer over the model's parameters; it is fed the estimate as ``.grad``.
+    """
+
+
+def trained_kind(model: nn.Module) -> Trained:
+    """What a model's trainable parameters are, as the recommended settings distinguish it."""
+    config = getattr(model, "peft_config", None)
+    if not isinstance(config, Mapping) or not config:
+        return "full"
+    peft_type = str(getattr(next(iter(config.values())).peft_type, "value", "")).upper()
+    return "prefix" if peft_type in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING") else "lora"

@@ -1,0 +1,179 @@
+"""ZOTrainingArguments: `TrainingArguments` plus the settings of a forward-only run.
+
+Settings that cannot work without a backward pass are refused here, at construction, with the way out; nothing is silently
+ignored. Two defaults depend on the model and are resolved by `ZOTrainer` through `recommended`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from .estimators import METHODS, hyperparameters
+from .noise import Kind
+from .runtimes import Restore
+
+Trained = Literal["full", "lora", "prefix"]
+"""What is trained: the model's own weights, adapter matrices, or virtual tokens (prefix, prompt and p-tuning)."""
+
+# Learning rate and smoothing radius by method and by what is trained. MeZO: the larger rate of each grid that the
+# paper's authors publish for OPT models (large_models/README of their repository); at 135M parameters 3 to 10 times larger
+# rates still learn.
+RECOMMENDED: dict[str, dict[Trained, tuple[float, float]]] = {
+    "mezo": {"full": (1e-6, 1e-3), "lora": (1e-4, 1e-2), "prefix": (1e-2, 1e-1)},
+}
+
+# Layer-wise optimizers update inside the backward pass, which does not exist here.
+_NEEDS_BACKWARD = ("lomo", "adalomo", "layerwise")
+
+
+def recommended(method: str, trained: Trained) -> tuple[float, float]:
+    """``(learning_rate, zo_eps)`` for a method and for what it trains."""
+    return RECOMMENDED[method][trained]
+
+
+@dataclass
+class ZOTrainingArguments(TrainingArguments):
+    """Arguments of `ZOTrainer`; everything `TrainingArguments` has, with these additions and changed defaults.
+
+    Args:
+        zo_method (`str`, defaults to `"mezo"`):
+            Gradient estimator, a key of `hf_zo.estimators.METHODS`.
+        zo_eps (`float`, *optional*):
+            Smoothing radius. Default: 1e-3 for full-parameter runs, 1e-2 for LoRA, 1e-1 for prefix and prompt tuning, the
+            values of MeZO's published runs. Smaller is less biased and noisier; below 1e-4 it no longer resolves bf16
+            weights.
+        learning_rate (`float`, *optional*):
+            Default: by method and by what is trained (`hf_zo.training_args.RECOMMENDED`), because the Trainer's own 5e-5
+            suits no zeroth-order run. The resolved value is logged and saved.
+        optim (`str`, defaults to `"sgd"`):
+            `"sgd"` streams one tensor at a time and needs no gradient memory. Any other optimizer of the Trainer gets
+            `.grad` filled first, which costs a gradient and the optimizer's moments: meant for adapters.
+        zo_num_directions (`int`, *optional*):
+            Directions per step. Default: the method's own (MeZO 1).
+        zo_direction (`str`, defaults to `"gaussian"`):
+            Entries of a dense direction: `"gaussian"` or `"rademacher"` (signs; slightly less variance, cheaper to draw).
+        zo_seed (`int`, *optional*):
+            Key of all directions. Default: `seed`.
+        zo_clip (`float`, *optional*):
+            Bound on the absolute projected gradient. It replaces `max_grad_norm`, which has no gradient to act on.
+        zo_nonfinite (`str`, defaults to `"raise"`):
+            What a NaN or infinite loss does: `"raise"`, or `"skip"` the step and count it.
+        zo_objective (`str`, defaults to `"loss"`):
+            What a probe measures: the training loss, or a registered score (`"accuracy"`, `"f1"`), see
+            `hf_zo.objectives`. Scores are step functions of the weights: use a large `zo_eps` and large batches.
+        zo_restore (`str`, defaults to `"auto"`):
+            How the weights survive the probes: `"copy"`, `"transient"` or `"in_place"`, see `hf_zo.runtimes.torch`.
+        zo_parallel (`str`, defaults to `"data"`):
+            Work of several processes: `"data"` measures all probes on different data, `"directions"` shares the probes out
+            over processes that see the same data. Either way only losses are exchanged.
+
+    Raises:
+        ValueError: for a setting that cannot work, naming the field and what to do instead.
+    """
+
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Initial learning rate. Default: recommended for the method and for what is trained."},
+    )
+    optim: OptimizerNames | str = field(
+        default="sgd",
+        metadata={"help": "'sgd' streams the update tensor by tensor; any other optimizer gets `.grad` filled first."},
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: there is no gradient. Use zo_clip."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Off: a non-finite loss raises or is counted, see zo_nonfinite."}
+    )
+
+    zo_method: str = field(default="mezo", metadata={"help": f"Gradient estimator: {', '.join(METHODS)}."})
+    zo_eps: float | None = field(default=None, metadata={"help": "Smoothing radius. Default: by what is trained."})
+    zo_num_directions: int | None = field(default=None, metadata={"help": "Directions per step. Default: the method's."})
+    zo_direction: Kind = field(default="gaussian", metadata={"help": "'gaussian' or 'rademacher'."})
+    zo_seed: int | None = field(default=None, metadata={"help": "Key of all directions. Default: seed."})
+    zo_clip: float | None = field(default=None, metadata={"help": "Bound on the absolute projected gradient."})
+    zo_nonfinite: str = field(default="raise", metadata={"help": "On a non-finite loss: 'raise' or 'skip'."})
+    zo_objective: str = field(default="loss", metadata={"help": "What a probe measures: 'loss', 'accuracy', 'f1'."})
+    zo_restore: Restore = field(default="auto", metadata={"help": "'auto', 'copy', 'transient' or 'in_place'."})
+    zo_parallel: str = field(default="data", metadata={"help": "Over processes: 'data' or 'directions'."})
+
+    def __post_init__(self) -> None:
+        self._check_domains()
+        self._check_methods()
+        self._check_backward_only()
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            if getattr(self, name, None):
+                warnings.warn(f"{name} only serves a backward pass and is turned off.", stacklevel=3)
+                setattr(self, name, False)
+        super().__post_init__()
+        if self.zo_seed is None:
+            self.zo_seed = self.seed
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"n_gpu={self.n_gpu}: DataParallel copies the model in every forward. Start one process per GPU with "
+                "`torchrun` or `accelerate launch`, or choose one GPU with CUDA_VISIBLE_DEVICES."
+            )
+
+    def _check_domains(self) -> None:
+        choices: dict[str, tuple[str, ...]] = {
+            "zo_direction": ("gaussian", "rademacher"),
+            "zo_nonfinite": ("raise", "skip"),
+            "zo_restore": get_args(Restore),
+            "zo_parallel": ("data", "directions"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} does not exist; choose one of {', '.join(allowed)}.")
+        for name in ("zo_eps", "zo_clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be a positive number, or unset.")
+        if self.learning_rate is not None and not self.learning_rate >= 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must not be negative.")
+
+    def _check_methods(self) -> None:
+        if self.zo_num_directions is not None and "num_directions" not in hyperparameters(self.zo_method):
+            raise ValueError(f"zo_num_directions does nothing for zo_method={self.zo_method!r}; leave it unset.")
+        for f in fields(self):
+            prefix = f.name.split("_")[0]
+            foreign = prefix in METHODS and prefix != self.zo_method and f.default is not MISSING
+            if foreign and getattr(self, f.name) != f.default:
+                raise ValueError(
+                    f"{f.name}={getattr(self, f.name)!r} belongs to zo_method={prefix!r}, but zo_method is "
+                    f"{self.zo_method!r}; leave it at its default or change zo_method."
+                )
+
+    def _check_backward_only(self) -> None:
+        optim = str(getattr(self.optim, "value", self.optim))
+        if self.fp16:
+            raise ValueError("fp16=True scales losses for a backward pass; use bf16=True, or load the model in float16.")
+        if self.deepspeed:
+            raise ValueError("deepspeed replaces optimizer.step, so no update would happen; start with `accelerate launch`.")
+        if self.fsdp:
+            raise ValueError("fsdp shards the weights that directions address; use plain data parallel.")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError("neftune_noise_alpha adds noise in training mode only, and probes run in eval mode; unset it.")
+        if self.max_grad_norm:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm}: there is no gradient to clip; set it to 0 and use zo_clip.")
+        if any(part in optim for part in _NEEDS_BACKWARD):
+            raise ValueError(f"optim={self.optim!r} updates inside the backward pass; use 'sgd' or 'adamw_torch'.")
+        if self.optim_args and optim == "sgd":
+            raise ValueError(
+                f"optim_args={self.optim_args!r} has no effect on the streamed 'sgd'. For momentum pass "
+                "optimizer_cls_and_kwargs=(torch.optim.SGD, {...}) to the trainer."
+            )
+
+    def estimator_kwargs(self) -> dict[str, Any]:
+        """The method's keyword arguments: common fields without ``zo_``, the method's own without its prefix."""
+        kwargs: dict[str, Any] = {}
+        for name in hyperparameters(self.zo_method):
+            for prefix in (f"{self.zo_method}_", "zo_"):
+                if hasattr(self, prefix + name):
+                    value = getattr(self, prefix + name)
+                    if not (name == "num_directions" and value is None):
+                        kwargs[name] = value
+                    break
+        return kwargs
