@@ -162,7 +162,7 @@ def _stochastic(values: torch.Tensor, key: int, start: int, dtype: torch.dtype) 
         raise TypeError(f"stochastic rounding is defined for bfloat16 and float16 tensors, not for {dtype}")
     normal = ((raw + (bits >> 3)) & ~0x1FFF).view(torch.float32)  # fp16 keeps 10 of 23 mantissa bits
     # Below 2^-14 the fp16 grid is uniform with spacing 2^-24. fp64, because in fp32 the sum itself would round up.
-    subnormal = torch.floor(values.double() * 2.0**24 + bits * 2.0**-16) * 2.0**-24
+    subnormal = torch.floor(values.double() * 2.0**24 + bits * 2.0**-16).copysign(values) * 2.0**-24
     return torch.where(values.abs() < 2.0**-14, subnormal, normal).to(torch.float16)
 
 

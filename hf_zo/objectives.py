@@ -51,6 +51,7 @@ def accuracy(trainer: Any, model: nn.Module, inputs: Mapping[str, Any]) -> torch
     if isinstance(labels, OptionLabels):
         predictions, labels = option_predictions(logits, labels), labels["target"]
     elif shifts_labels(trainer.accelerator.unwrap_model(model)):
+        logits = logits[:, -labels.shape[1] :]  # without the virtual tokens of prompt tuning
         predictions, labels = logits[:, :-1].argmax(-1), labels[:, 1:]
     else:
         predictions = logits.argmax(-1)

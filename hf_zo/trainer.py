@@ -12,9 +12,11 @@ Read in this order: this file, ``estimators/mezo.py``, ``runtimes/torch.py``, ``
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .directions import Probe, space_of
 from .estimators import METHODS, Estimator
@@ -91,6 +94,7 @@ class ZOTrainerMixin(_Base):
         self._metrics_of_step: dict[str, float] = {}
         super().__init__(model, args, *rest, **kwargs)
         self._check_model(self.model)
+        self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self._resolve_defaults()
 
     # ---- construction ----------------------------------------------------------------------------------------------
@@ -133,26 +137,34 @@ class ZOTrainerMixin(_Base):
         if self.args.zo_parallel == "data" or self.accelerator.num_processes == 1:
             return super().get_train_dataloader()
         sharding = self.accelerator.prepare_data_loader
-        self.accelerator.prepare_data_loader = functools.partial(
-            prepare_data_loader,
-            device=self.accelerator.device,
+        self.accelerator.prepare_data_loader = self._prepare_whole_data
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.prepare_data_loader = sharding
+
+    def _prepare_whole_data(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> DataLoader:
+        """What accelerate prepares for a single process: every batch, on the device."""
+        return prepare_data_loader(
+            dataloader,
+            self.accelerator.device,
             num_processes=1,
             process_index=0,
             put_on_device=True,
             use_seedable_sampler=True,
             data_seed=self.args.data_seed,
         )
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.accelerator.prepare_data_loader = sharding
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build estimator, runtime and `ZOOptimizer` over the trainable parameters, in the Trainer's decay groups."""
-        if isinstance(self.optimizer, ZOOptimizer):
-            return self.optimizer
+        if isinstance(getattr(self.optimizer, "optimizer", self.optimizer), ZOOptimizer):
+            return self.optimizer  # train() again, or a retry with a smaller batch
         model = self.model if model is None else model
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # Resuming has loaded the weights by now, and PEFT loads a 16-bit adapter as fp32: the values are the same, but the
+        # run would go on with other roundings.
+        for name, p in params.items():
+            p.data = p.data.to(self._dtypes.get(name, p.dtype))
         inner = self.optimizer
         if inner is None and (self.args.optim != "sgd" or self.optimizer_cls_and_kwargs is not None):
             inner = super().create_optimizer()
@@ -183,6 +195,17 @@ class ZOTrainerMixin(_Base):
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         assert isinstance(optimizer, ZOOptimizer)
         return optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; ``resume_from_checkpoint=True`` takes the last *complete* checkpoint.
+
+        A process that is killed while it saves leaves a folder without the state that is written last.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} has no complete checkpoint.")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -331,6 +354,18 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
     Takes what `Trainer` takes, with `ZOTrainingArguments`, and ``objective_fn`` (see `ZOTrainerMixin`). ``optimizers`` may
     hold any torch optimizer over the model's parameters; it is fed the estimate as ``.grad``.
     """
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The checkpoint with the highest step whose ``trainer_state.json``, written last, can be read."""
+    for folder in sorted(Path(output_dir).glob("checkpoint-*"), key=lambda f: -int(f.name.split("-")[-1])):
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete and left out.", folder)
+        else:
+            return str(folder)
+    return None
 
 
 def trained_kind(model: nn.Module) -> Trained:

@@ -135,7 +135,8 @@ class ZOTrainingArguments(TrainingArguments):
             raise ValueError(f"learning_rate={self.learning_rate} must not be negative.")
 
     def _check_methods(self) -> None:
-        if self.zo_num_directions is not None and "num_directions" not in hyperparameters(self.zo_method):
+        known = hyperparameters(self.zo_method)
+        if self.zo_num_directions is not None and "num_directions" not in known:
             raise ValueError(f"zo_num_directions does nothing for zo_method={self.zo_method!r}; leave it unset.")
         for f in fields(self):
             prefix = f.name.split("_")[0]

@@ -85,16 +85,20 @@ class TorchRuntime:
         """
         measured: list[torch.Tensor] = []
         with _Randomness(self.params.values()) as randomness, ExitStack() as stack:
+
+            def rewound() -> torch.Tensor:
+                randomness.rewind()
+                return measure()
+
             if self._transient is not None:
-                place = stack.enter_context(self._transient.measuring(probes, measure))
+                place = stack.enter_context(self._transient.measuring(probes, rewound))
             elif self.restore == "copy":
                 place = stack.enter_context(_written(self.params, self.params))
             else:
                 place = stack.enter_context(_walked(self.params))
             for probe in probes:
-                randomness.rewind()
                 place(probe)
-                measured.append(measure().detach())
+                measured.append(rewound().detach())
         # One transfer for all probes: the only point at which the host waits for the device.
         return [float(x) for x in torch.stack([m.reshape(()) for m in measured]).double().tolist()]
 
@@ -121,18 +125,16 @@ def _written(params: Mapping[str, torch.Tensor], chosen: Iterable[str]) -> Itera
 @contextmanager
 def _walked(params: Mapping[str, torch.Tensor]) -> Iterator[Place]:
     """Walk the tensors themselves from probe to probe and back home."""
-    here = Probe()
+    here = dict.fromkeys(params, Probe())  # by tensor, so that an error halfway still finds home
 
     def place(probe: Probe) -> None:
-        nonlocal here
-        distance: dict[Direction, float] = defaultdict(float)
-        for sign, legs in ((-1.0, here.terms), (1.0, probe.terms)):
-            for a, direction in legs:
-                distance[direction] += sign * a
-        terms = [(a, direction) for direction, a in distance.items()]
         for name, theta in params.items():
-            displace(theta, theta, name, terms)
-        here = probe
+            distance: dict[Direction, float] = defaultdict(float)
+            for sign, legs in ((-1.0, here[name].terms), (1.0, probe.terms)):
+                for a, direction in legs:
+                    distance[direction] += sign * a
+            displace(theta, theta, name, [(a, direction) for direction, a in distance.items()])
+            here[name] = probe
 
     try:
         yield place

@@ -82,6 +82,15 @@ def _check(task: Task, row: dict[str, Any], where: str) -> None:
     for name in needed:
         if row.get(name) is None:
             raise DataError(f"{where}: field {name!r} is missing; {task.name} needs {', '.join(map(str, needed))}.")
+    try:
+        _check_target(task, row, where)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{where}: a field of {task.name} is not built as expected ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _check_target(task: Task, row: dict[str, Any], where: str) -> None:
     if task.options is not None:
         options = task.options(row)
         label = row[task.label] if task.label else None

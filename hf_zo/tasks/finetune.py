@@ -22,13 +22,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..trainer import ZOTrainer
 from ..training_args import ZOTrainingArguments
 from .data import load_rows
 from .encoding import EncodedRows, Form, encode_rows
-from .generation import GenerateToEvaluate
+from .generation import MAX_NEW_TOKENS, GenerateToEvaluate
 from .metrics import metrics_for
 from .scoring import OptionCollator, option_loss, option_predictions
 from .templates import Task, get_task
@@ -69,6 +68,10 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Rows to train on, drawn by data_seed or seed."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Rows to evaluate on."})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Put the prompts of a batch into one row, without padding (causal LMs with options only)."},
+    )
     max_seq_length: int = field(default=512, metadata={"help": "Longer prompts lose the end of their context."})
 
 
@@ -96,6 +99,11 @@ def load_model(arguments: ModelArguments, task: Task) -> tuple[nn.Module, PreTra
         if task.options is None or not task.texts:
             raise ValueError(f"{task.name} has no plain text form for head='classification'; use head='lm'.")
         kwargs["num_labels"] = len(task.options({}))
+    if arguments.head == "mlm" and (task.options is None or arguments.peft == "prefix"):
+        raise ValueError(
+            f"head='mlm' with task {task.name} and peft={arguments.peft!r}: a masked LM generates no answers and PEFT has no "
+            "prefix for it; use head='lm'."
+        )
     model = classes[arguments.head].from_pretrained(arguments.model_name_or_path, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     if tokenizer.pad_token is None:
@@ -137,6 +145,13 @@ def _encode(
     return encoded
 
 
+def _context_length(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task) -> int:
+    """Most tokens of a row that model and tokenizer take, less those of a prefix and of the answer to be generated."""
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    prefix = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    return min(positions, tokenizer.model_max_length) - prefix - (MAX_NEW_TOKENS if task.options is None else 0)
+
+
 def _by_length(rows: list[Any], encoded: EncodedRows) -> tuple[list[Any], EncodedRows]:
     """Evaluation rows in order of length: batches of equal lengths waste little on padding."""
 
@@ -158,7 +173,7 @@ def finetune(model_arguments: ModelArguments, data: DataArguments, training: ZOT
     eval_rows = load_rows(task, "validation", data.dataset_dir, data.max_eval_samples, seed) if eval_wanted else []
 
     model, tokenizer = load_model(model_arguments, task)
-    limit = getattr(model.config, "max_position_embeddings", data.max_seq_length) or data.max_seq_length
+    limit = _context_length(model, tokenizer, task)
     form: Form = "answers" if task.options is None else {"lm": "options", "mlm": "mask"}.get(model_arguments.head, "classes")  # type: ignore[assignment]
     train_set = _encode(task, "training", train_rows, tokenizer, data, form, limit)
     eval_rows, eval_set = _by_length(eval_rows, _encode(task, "evaluation", eval_rows, tokenizer, data, form, limit))
@@ -166,7 +181,7 @@ def finetune(model_arguments: ModelArguments, data: DataArguments, training: ZOT
     hooks: dict[str, Any] = {}
     if form in ("options", "mask"):
         hooks = {
-            "data_collator": OptionCollator(tokenizer, model),
+            "data_collator": OptionCollator(tokenizer, model, packed=data.packing),
             "compute_loss_func": option_loss,
             "preprocess_logits_for_metrics": option_predictions,
         }
@@ -185,9 +200,7 @@ def finetune(model_arguments: ModelArguments, data: DataArguments, training: ZOT
     )
     if training.do_train:
         resume = training.resume_from_checkpoint
-        if resume in ("True", "true"):
-            resume = get_last_checkpoint(training.output_dir)
-        result = trainer.train(resume_from_checkpoint=resume)
+        result = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
         metrics = {**result.metrics, "train_samples": len(train_set), "train_shortened": train_set.shortened}
         trainer.save_model()
         trainer.log_metrics("train", metrics)

@@ -35,6 +35,12 @@ def generate(
     """Greedy continuations of the prompts of a labelled batch, up to the first new line, [B, new tokens]."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     prompts, mask = _prompts(inputs, pad)
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning and adapter.peft_type != "PREFIX_TUNING" and not mask.all():
+        # PEFT drops the positions of such prompts, so padding between virtual tokens and text would count.
+        rows = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(len(prompts))]
+        answers = [generate(model, row, tokenizer, max_new_tokens)[0] for row in rows]
+        return nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad)
     new_line = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
     stops = [i for i in (tokenizer.eos_token_id, *new_line) if i is not None]
     out = model.generate(

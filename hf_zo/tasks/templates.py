@@ -74,8 +74,10 @@ def _same_meaning(first: str, second: str, noun: str) -> Callable[[Row], str]:
     return lambda row: f"{row[first]}\n{row[second]}\nDo these two {noun} mean the same? Yes or No?"
 
 
-def _glue(name: str, texts: tuple[str, ...], prompt: Callable[[Row], str], options: Any, *metrics: str) -> Task:
-    return Task(name, _GLUE, name, texts, prompt, options, texts[0], metrics or ("accuracy",), texts=texts)
+def _glue(
+    name: str, texts: tuple[str, ...], prompt: Callable[[Row], str], options: Any, *metrics: str, context: str | None = None
+) -> Task:
+    return Task(name, _GLUE, name, texts, prompt, options, context or texts[0], metrics or ("accuracy",), texts=texts)
 
 
 def _superglue(name: str, fields: tuple[str, ...], context: str, prompt: Any, options: Any, **more: Any) -> Task:
@@ -129,6 +131,7 @@ _ALL = [
         ("question", "sentence"),
         lambda r: f'{r["sentence"]}\nDoes this answer the question "{r["question"]}"? Yes or No?',
         _YES_NO,
+        context="sentence",
     ),
     _glue("rte", ("sentence1", "sentence2"), _entailment("sentence1", "sentence2", "Yes or No?"), _YES_NO),
     _superglue(

@@ -1,0 +1,129 @@
+"""Promises 4 and 5 with real processes: gloo ranks, and SIGKILL.
+
+Starting a process costs seconds, so all runs of two ranks share one launch, and what needs no process of its own (the run of
+one process, the uninterrupted run, the resumed run) happens here.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import CASES, FORMS, assert_same_weights, model_of, relative_distance, trainer_of, weights_of
+
+WORKER = str(Path(__file__).parent / "worker.py")
+STEPS = 4
+SAME = {"max_steps": STEPS, "learning_rate": 1e-3, "zo_eps": 0.5}
+
+pytestmark = pytest.mark.slow
+every_case = pytest.mark.parametrize("case", CASES)
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def _job(case: str, form: str, output_dir: Path, **options: Any) -> dict[str, Any]:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return {"case": case, "form": form, "output_dir": str(output_dir), "options": options}
+
+
+def _jobs(folder: Path, jobs: list[dict[str, Any]]) -> str:
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    return str(file)
+
+
+def _final(output_dir: Path, rank: int) -> dict[str, Any]:
+    return torch.load(output_dir / f"final-{rank}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results of all runs on two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = [
+        _job(case, form, folder / f"{parallel}-{case}-{form}", zo_parallel=parallel, **SAME)
+        for case in CASES
+        for form in FORMS
+        for parallel in ("data", "directions")
+    ]
+    jobs += [_job("mezo", form, folder / f"skip-{form}", zo_nonfinite="skip", infinite_on_rank=1) for form in FORMS]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    done = subprocess.run([*launch, WORKER, _jobs(folder, jobs)], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder
+
+
+@every_case
+@every_form
+@pytest.mark.parametrize("parallel", ["data", "directions"])
+def test_two_ranks_equal_one_process(case: str, form: str, parallel: str, two_ranks: Path, tmp_path: Path) -> None:
+    """Promise 4: on the pooled batch (data) or on the same batch (directions); only losses cross the wire."""
+    single = trainer_of(tmp_path, case, form, per_device_train_batch_size=8 if parallel == "data" else 4, **SAME)
+    single.train()
+    ranks = [_final(two_ranks / f"{parallel}-{case}-{form}", rank) for rank in range(2)]
+    assert_same_weights(ranks[0]["weights"], ranks[1]["weights"])
+    assert relative_distance(weights_of(single.model), ranks[0]["weights"], weights_of(model_of(form))) < 1e-4
+    losses = [[e["loss"] for e in log if "loss" in e] for log in (single.state.log_history, *(r["log"] for r in ranks))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[1] == losses[2]
+    assert not ranks[0]["ddp"]
+    assert 0 < ranks[0]["carried"] <= 64 * STEPS
+
+
+@every_form
+def test_ranks_skip_together(form: str, two_ranks: Path) -> None:
+    """An infinite loss on one rank is skipped by both, once, and they stay equal."""
+    first, second = _final(two_ranks / f"skip-{form}", 0), _final(two_ranks / f"skip-{form}", 1)
+    assert first["skipped"] == second["skipped"] == 1
+    assert_same_weights(first["weights"], second["weights"])
+    assert all(entry["loss"] > 0 for entry in first["log"] if "loss" in entry)
+
+
+@every_case
+@every_form
+def test_sigkill_at_a_random_moment_and_resume(case: str, form: str, tmp_path: Path) -> None:
+    """Promise 5: killed without warning and resumed, the run ends bitwise where the uninterrupted one ends."""
+    options: dict[str, Any] = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1}
+    whole = trainer_of(tmp_path / "whole", case, form, torch.bfloat16, **options)
+    whole.train()
+    chance = random.Random(f"{case} {form}")
+    deadly_step, delay = chance.randint(1, 10), chance.uniform(0, 0.05)
+    jobs = _jobs(tmp_path, [_job(case, form, tmp_path / "killed", dtype="bfloat16", **options)])
+    with subprocess.Popen([sys.executable, WORKER, jobs], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == f"step {deadly_step}":
+                time.sleep(delay)
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "final-0.pt").exists()
+    resumed = trainer_of(tmp_path / "killed", case, form, torch.bfloat16, **options)
+    # Killed in the first save there may be nothing complete to resume from: then the run starts anew.
+    complete = any((tmp_path / "killed").glob("checkpoint-*/trainer_state.json"))
+    resumed.train(resume_from_checkpoint=complete or None)
+    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+
+
+def test_a_torn_checkpoint_is_left_out(tmp_path: Path) -> None:
+    """A kill during a save leaves the newest folder without its state; resuming takes the one before."""
+    options: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    whole = trainer_of(tmp_path, **options)
+    whole.train()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"torn": ')
+    resumed = trainer_of(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed._initial_global_step == 2
+    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))

@@ -1,0 +1,407 @@
+"""ZOTrainer on the Trainer's loop: schedules, saving, hooks, other trainers, refusals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    Recorder,
+    Sentences,
+    arguments_of,
+    assert_same_weights,
+    collate,
+    digest,
+    model_of,
+    tiny_llama,
+    trainer_of,
+    weights_of,
+)
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PretrainedConfig,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+
+from hf_zo import ZOTrainer, ZOTrainerMixin, ZOTrainingArguments
+from hf_zo.training_args import RECOMMENDED
+
+
+def test_applied_learning_rate_equals_logged_at_every_step(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, max_steps=6, warmup_steps=2, weight_decay=0.0, learning_rate=0.05)
+    before: list[dict[str, torch.Tensor]] = []
+    applied: list[float] = []
+
+    def see(hook: str, step: int, kwargs: Any) -> None:
+        if hook == "on_pre_optimizer_step":
+            before.append(weights_of(trainer.model))
+            estimate = trainer._zo_optimizer._staged
+            gradient = {name: estimate.gradient(name, p) for name, p in before[-1].items()}
+            before[-1] = {name: (p, gradient[name]) for name, p in before[-1].items()}  # type: ignore[misc]
+        if hook == "on_optimizer_step":
+            moved = sum(
+                float(((p.detach() - before[-1][n][0]).double() * before[-1][n][1]).sum())
+                for n, p in trainer.model.named_parameters()
+            )
+            applied.append(-moved / sum(float(g.double().pow(2).sum()) for _, g in before[-1].values()))
+
+    trainer.add_callback(Recorder(see))
+    trainer.train()
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([0.0, 0.025, 0.05, 0.0375, 0.025, 0.0125])
+    assert applied == pytest.approx(logged, rel=1e-3, abs=1e-9)
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, max_steps=100, learning_rate=0.02, logging_steps=50, zo_num_directions=4, weight_decay=0.0)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_logs_carry_the_step(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "mezo-n3-rademacher", max_steps=3)
+    trainer.train()
+    entry = trainer.state.log_history[-2]
+    assert entry["zo/forward_passes"] == 18
+    assert entry["zo/skipped_steps"] == 0
+    assert entry["zo/effective_learning_rate"] == entry["learning_rate"]
+    assert entry["grad_norm"] > 0
+    assert "AdamW" not in str(trainer.args.optim)
+
+
+def test_checkpoint_taken_before_the_update_resumes_to_the_same_end(tmp_path: Path) -> None:
+    """A just-in-time checkpoint fires at on_pre_optimizer_step, while an estimate is staged."""
+    whole = trainer_of(tmp_path / "a", "mezo-adamw", max_steps=6)
+    whole.train()
+    interrupted = trainer_of(tmp_path / "b", "mezo-adamw", max_steps=6)
+    interrupted.add_callback(
+        Recorder(
+            lambda hook, step, kwargs: (
+                interrupted._save_checkpoint(interrupted.model, None) if hook == "on_pre_optimizer_step" and step == 3 else None
+            )
+        )
+    )
+    interrupted.train()
+    resumed = trainer_of(tmp_path / "b", "mezo-adamw", max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+    assert resumed._initial_global_step == 3
+    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+
+
+def test_weights_are_clean_at_every_hook(tmp_path: Path) -> None:
+    """They change between on_pre_optimizer_step and on_optimizer_step, and nowhere else."""
+    trainer = trainer_of(tmp_path, gradient_accumulation_steps=2, max_steps=2, zo_restore="transient")
+    seen: list[tuple[str, str]] = []
+    trainer.add_callback(Recorder(lambda hook, step, kwargs: seen.append((hook, digest(trainer.model)))))
+    trainer.train()
+    changes = [(a[0], b[0]) for a, b in pairwise(seen) if a[1] != b[1]]
+    assert changes == [("on_pre_optimizer_step", "on_optimizer_step")] * 2
+
+
+def test_one_window_calls_the_model_twice_per_micro_batch_after_the_audit(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, gradient_accumulation_steps=3, max_steps=2, zo_restore="copy")
+    calls = [0]
+    trainer.model.register_forward_pre_hook(lambda module, args: calls.__setitem__(0, calls[0] + 1))
+    trainer.train()
+    assert calls[0] == 2 * 3 * 2
+
+
+def test_the_model_keeps_its_storage(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, zo_restore="copy")
+    before = {name: p.data_ptr() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert before == {name: p.data_ptr() for name, p in trainer.model.named_parameters()}
+
+
+def test_norms_and_biases_are_not_decayed(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    optimizer = trainer.create_optimizer()
+    decayed = {optimizer.names[p] for g in optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
+    assert "model.norm.weight" not in decayed
+    assert not any("layernorm" in name for name in decayed)
+    assert "model.layers.0.self_attn.q_proj.weight" in decayed
+
+
+def test_zero_learning_rate_changes_nothing(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, learning_rate=0.0)
+    before = weights_of(trainer.model)
+    trainer.train()
+    assert_same_weights(before, weights_of(trainer.model))
+
+
+def test_unset_settings_are_resolved_by_what_is_trained(tmp_path: Path) -> None:
+    for form, kind in (("full", "full"), ("lora", "lora")):
+        trainer = trainer_of(tmp_path, form=form, learning_rate=None, zo_eps=None)
+        assert (trainer.args.learning_rate, trainer.args.zo_eps) == RECOMMENDED["mezo"][kind]  # type: ignore[index]
+
+
+class Classifier(nn.Module):
+    """A plain module that knows nothing of num_items_in_batch: its loss is a mean over its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = PretrainedConfig()
+        self.embed = nn.Embedding(64, 8)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.head(self.drop(self.embed(input_ids).mean(1)))
+        if labels is None:  # compute_loss_func and label smoothing keep the labels to themselves
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+CLASSES = [{"input_ids": torch.arange(i, i + 6) % 64, "labels": torch.tensor(i % 3)} for i in range(20)]
+
+
+def test_accumulation_of_mean_losses_weighs_micro_batches_by_their_examples(tmp_path: Path) -> None:
+    """The last window of an epoch holds micro-batches of 6 and 2 examples; it equals one batch of 8."""
+    ends = []
+    for size, steps in ((12, 1), (6, 2)):
+        model = Classifier()
+        arguments = arguments_of(
+            tmp_path, "mezo", max_steps=4, per_device_train_batch_size=size, gradient_accumulation_steps=steps, zo_eps=0.1
+        )
+        trainer = ZOTrainer(model, arguments, train_dataset=CLASSES)
+        trainer.train()
+        ends.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+
+
+def test_compute_loss_func_and_label_smoothing_are_honoured(tmp_path: Path) -> None:
+    def doubled(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+        return 2 * loss
+
+    first = {}
+    for name, kwargs, more in (
+        ("plain", {}, {}),
+        ("doubled", {"compute_loss_func": doubled}, {}),
+        ("smoothed", {}, {"label_smoothing_factor": 0.3}),
+    ):
+        trainer = ZOTrainer(Classifier(), arguments_of(tmp_path, "mezo", max_steps=1, **more), train_dataset=CLASSES, **kwargs)
+        trainer.train()
+        first[name] = trainer.state.log_history[0]["loss"]
+    assert first["doubled"] == pytest.approx(2 * first["plain"], rel=1e-6)
+    assert first["smoothed"] != pytest.approx(first["plain"], rel=1e-3)
+
+
+def test_dropout_is_off_in_both_probes_and_callbacks_see_training(tmp_path: Path) -> None:
+    model = Classifier()
+    trainer = ZOTrainer(model, arguments_of(tmp_path, "mezo", max_steps=2, zo_eps=1e-6), train_dataset=CLASSES)
+    inside: list[tuple[bool, bool]] = []
+    model.drop.register_forward_pre_hook(lambda module, args: inside.append((module.training, model.training)))
+    losses = []
+    compute_loss = trainer.compute_loss
+
+    def seeing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        assert model.training  # what trainers file their metrics by
+        losses.append(float(compute_loss(*args, **kwargs)))
+        return torch.tensor(losses[-1])
+
+    trainer.compute_loss = seeing
+    model.train()
+    trainer.train()
+    assert inside
+    assert set(inside) == {(False, False)}
+    assert losses[-2] == pytest.approx(losses[-1], abs=1e-5)  # dropout would differ by far more
+    assert model.drop.training
+
+
+def test_any_torch_optimizer_can_be_given(tmp_path: Path) -> None:
+    model = model_of("full")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    trainer = ZOTrainer(
+        model,
+        arguments_of(tmp_path, "mezo"),
+        train_dataset=Sentences(),
+        data_collator=collate,
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    assert trainer._zo_optimizer.inner is optimizer
+    assert all("momentum_buffer" in state for state in optimizer.state.values())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_out_of_memory_retry_starts_from_clean_weights(tmp_path: Path) -> None:
+    """auto_find_batch_size halves the batch after an out-of-memory error in the second probe."""
+    trainer = trainer_of(tmp_path, auto_find_batch_size=True, zo_restore="copy", max_steps=3)
+    compute_loss, calls = trainer.compute_loss, [0]
+
+    def failing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = failing
+    trainer.train()
+    clean = trainer_of(tmp_path, zo_restore="copy", max_steps=3, per_device_train_batch_size=trainer._train_batch_size)
+    clean.train()
+    assert trainer._train_batch_size < 4
+    assert_same_weights(weights_of(clean.model), weights_of(trainer.model))
+
+
+def test_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        learning_rate=0.5,
+        trainer_kwargs={"eval_dataset": Sentences(8, seed=1)},
+    )
+    trainer.train()
+    best = min(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-6)
+
+
+def test_seq2seq_trainer(tmp_path: Path) -> None:
+    class ZOSeq2SeqTrainer(ZOTrainerMixin, Seq2SeqTrainer):
+        pass
+
+    @dataclass
+    class Arguments(ZOTrainingArguments, Seq2SeqTrainingArguments):
+        pass
+
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+        )
+    )
+    rows = [{"input_ids": torch.arange(1, 7) + i, "labels": torch.arange(1, 5) + i} for i in range(8)]
+    arguments = Arguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        predict_with_generate=True,
+        zo_restore="transient",
+    )
+    trainer = ZOSeq2SeqTrainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    before = weights_of(model)
+    trainer.train()
+    assert any(not torch.equal(before[name], p) for name, p in weights_of(model).items())
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.slow
+def test_trl_sft_trainer_logs_probes_as_training(tmp_path: Path) -> None:
+    import datasets
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):
+        pass
+
+    @dataclass
+    class ZOSFTConfig(ZOTrainingArguments, SFTConfig):
+        pass
+
+    words = ["<pad>", "<eos>", "the", "film", "was", "good", "bad", "very", "long", "and", "I", "liked", "it"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    rows = datasets.Dataset.from_list([{"text": "the film was good and I liked it"}, {"text": "very long"}] * 4)
+    arguments = ZOSFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_length=32,
+        zo_eps=1e-2,
+        learning_rate=1e-2,
+    )
+    model = tiny_llama()
+    trainer = ZOSFTTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=fast)
+    before = digest(model)
+    trainer.train()
+    assert digest(model) != before
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 3
+    assert all("mean_token_accuracy" in entry and "zo/projected_gradient" in entry for entry in logs)
+    evaluated = trainer.evaluate()
+    assert math.isfinite(evaluated["eval_loss"])
+
+
+def test_sequence_classification_in_bf16(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=3
+    )
+    model = BertForSequenceClassification(config).to(torch.bfloat16)
+    trainer = ZOTrainer(model, arguments_of(tmp_path, "mezo", max_steps=2), train_dataset=CLASSES)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert any(loss != float(torch.tensor(loss).bfloat16()) for loss in losses)  # not quantised to bf16
+
+
+def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="ZOTrainingArguments"):
+        ZOTrainer(tiny_llama(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
+    frozen = tiny_llama()
+    frozen.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        ZOTrainer(frozen, arguments_of(tmp_path, "mezo"))
+    with pytest.raises(ValueError, match="zo_objective"):
+        ZOTrainer(tiny_llama(), arguments_of(tmp_path, "mezo", zo_objective="bleu"))
+    with pytest.raises(ValueError, match="exclude each other"):
+        ZOTrainer(tiny_llama(), arguments_of(tmp_path, "mezo", zo_objective="f1"), objective_fn=lambda model, inputs: 0.0)
+
+
+def test_quantised_trainables_are_refused(tmp_path: Path) -> None:
+    class Params4bit(nn.Parameter):
+        """Stands for bitsandbytes' class of this name."""
+
+    model = tiny_llama()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj.weight = Params4bit(weight.data)
+    with pytest.raises(ValueError, match=r"up_proj\.weight is quantised"):
+        ZOTrainer(model, arguments_of(tmp_path, "mezo"))
+
+
+def test_resuming_a_first_order_run_is_refused(tmp_path: Path) -> None:
+    first_order = Trainer(
+        tiny_llama(),
+        TrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+        ),
+        train_dataset=Sentences(),
+        data_collator=collate,
+    )
+    first_order.train()
+    with pytest.raises(ValueError, match="first-order run"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_resuming_from_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=True)

@@ -1,0 +1,213 @@
+"""ZOTrainingArguments: what cannot work is refused at construction, by name and with the way out."""
+
+import warnings
+from dataclasses import dataclass, field, fields
+
+import pytest
+from transformers import HfArgumentParser
+
+from hf_zo import ZOTrainingArguments
+from hf_zo.estimators import METHODS
+from hf_zo.estimators.base import Estimator
+from hf_zo.estimators.mezo import MeZO
+from hf_zo.training_args import RECOMMENDED, recommended
+
+
+@pytest.fixture
+def make(tmp_path):
+    def build(cls=ZOTrainingArguments, **settings):
+        return cls(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+    return build
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("settings", "field_name", "advice"),
+    [
+        # no backward pass to act on
+        ({"fp16": True}, "fp16", "bf16=True"),
+        ({"deepspeed": "ds.json"}, "deepspeed", "accelerate launch"),
+        ({"fsdp": "full_shard"}, "fsdp", "data parallel"),
+        ({"fsdp": True}, "fsdp", "data parallel"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha", "unset"),
+        ({"neftune_noise_alpha": 0.0}, "neftune_noise_alpha", "unset"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm", "zo_clip"),
+        ({"optim": "lomo"}, "optim", "sgd"),
+        ({"optim": "adalomo"}, "optim", "sgd"),
+        ({"optim": "galore_adamw_layerwise"}, "optim", "sgd"),
+        ({"optim_args": "momentum=0.9"}, "optim_args", "optimizer_cls_and_kwargs"),
+        # outside the domain
+        ({"zo_direction": "cauchy"}, "zo_direction", "rademacher"),
+        ({"zo_nonfinite": "ignore"}, "zo_nonfinite", "skip"),
+        ({"zo_restore": "undo"}, "zo_restore", "transient"),
+        ({"zo_parallel": "model"}, "zo_parallel", "directions"),
+        ({"zo_method": "adam"}, "zo_method", "mezo"),
+        ({"zo_method": "adam", "zo_num_directions": 2}, "zo_method", "mezo"),
+        ({"zo_eps": 0.0}, "zo_eps", "positive"),
+        ({"zo_eps": -1e-3}, "zo_eps", "positive"),
+        ({"zo_eps": NAN}, "zo_eps", "positive"),
+        ({"zo_clip": 0.0}, "zo_clip", "positive"),
+        ({"zo_clip": -1.0}, "zo_clip", "positive"),
+        ({"zo_clip": NAN}, "zo_clip", "positive"),
+        ({"learning_rate": -1e-6}, "learning_rate", "negative"),
+        ({"learning_rate": NAN}, "learning_rate", "negative"),
+    ],
+)
+def test_what_cannot_work_is_refused(make, settings, field_name, advice):
+    with pytest.raises(ValueError, match=rf"^{field_name}.*{advice}"):
+        make(**settings)
+
+
+class OneSided(Estimator):
+    """A method without ``num_directions``."""
+
+    name = "onesided"
+    forwards = 2
+
+    def estimate(self, step, oracle):
+        raise NotImplementedError
+
+
+@dataclass
+class WithSecondMethod(ZOTrainingArguments):
+    second_rank: int = field(default=2)
+    second_list: list = field(default_factory=list)
+
+
+def test_directions_of_a_method_that_has_none_are_refused(make, monkeypatch):
+    monkeypatch.setitem(METHODS, "onesided", OneSided)
+    make(zo_method="onesided")
+    with pytest.raises(ValueError, match=r"zo_num_directions.*'onesided'"):
+        make(zo_method="onesided", zo_num_directions=2)
+
+
+def test_a_hyperparameter_of_another_method_is_refused(make, monkeypatch):
+    monkeypatch.setitem(METHODS, "second", MeZO)
+    make(WithSecondMethod)
+    make(WithSecondMethod, zo_method="second", second_rank=4)
+    with pytest.raises(ValueError, match=r"^second_rank=4 belongs to zo_method='second', but zo_method is 'mezo'"):
+        make(WithSecondMethod, second_rank=4)
+
+
+def test_several_devices_in_one_process_are_refused(make, monkeypatch):
+    monkeypatch.setattr(ZOTrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"n_gpu=2.*torchrun"):
+        make()
+
+
+@pytest.mark.parametrize("setting", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_is_turned_off_with_a_warning(make, setting):
+    with pytest.warns(UserWarning, match=rf"{setting}.*turned off"):
+        args = make(**{setting: True})
+    assert getattr(args, setting) is False
+
+
+def test_defaults(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        args = make()
+    assert args.learning_rate is None  # resolved by the trainer, which knows the model
+    assert args.zo_eps is None
+    assert args.optim == "sgd"
+    assert args.max_grad_norm == 0.0
+    assert args.lr_scheduler_type == "linear"
+    assert args.gradient_checkpointing is False
+    assert args.logging_nan_inf_filter is False
+    assert args.zo_seed == args.seed == 42
+    assert (args.zo_method, args.zo_direction, args.zo_objective) == ("mezo", "gaussian", "loss")
+    assert (args.zo_nonfinite, args.zo_restore, args.zo_parallel) == ("raise", "auto", "data")
+    assert args.zo_num_directions is None
+    assert args.zo_clip is None
+
+
+def test_seed_of_the_directions(make):
+    assert make(seed=7).zo_seed == 7
+    assert make(seed=7, zo_seed=0).zo_seed == 0
+    assert make(seed=7, zo_seed=9).zo_seed == 9
+
+
+@pytest.mark.parametrize("learning_rate", [0, 0.0, 1e-3])
+def test_learning_rates_that_are_allowed(make, learning_rate):
+    assert make(learning_rate=learning_rate).learning_rate == learning_rate
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor", "rmsprop"])
+def test_optimizers_that_are_allowed(make, optim):
+    assert make(optim=optim).optim == optim
+
+
+def test_optim_args_reach_other_optimizers(make):
+    assert make(optim="adamw_torch", optim_args="weight_decay=0.1").optim_args == "weight_decay=0.1"
+
+
+def test_command_line():
+    line = """--output_dir out --use_cpu true --learning_rate 2e-6 --zo_method mezo --zo_eps 1e-2 --zo_num_directions 4
+    --zo_direction rademacher --zo_seed 11 --zo_clip 3.5 --zo_nonfinite skip --zo_objective accuracy --zo_restore copy
+    --zo_parallel directions --optim adamw_torch"""
+    (args,) = HfArgumentParser(ZOTrainingArguments).parse_args_into_dataclasses(line.split())
+    assert args.learning_rate == 2e-6
+    assert (args.zo_method, args.zo_eps, args.zo_num_directions) == ("mezo", 1e-2, 4)
+    assert (args.zo_direction, args.zo_seed, args.zo_clip) == ("rademacher", 11, 3.5)
+    assert (args.zo_nonfinite, args.zo_objective) == ("skip", "accuracy")
+    assert (args.zo_restore, args.zo_parallel) == ("copy", "directions")
+    assert args.optim == "adamw_torch"
+
+
+def test_command_line_defaults_equal_those_of_the_constructor(make):
+    (parsed,) = HfArgumentParser(ZOTrainingArguments).parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu", "true"])
+    built = make()
+    for f in fields(ZOTrainingArguments):
+        if f.name.startswith("zo_") or f.name in ("learning_rate", "optim", "max_grad_norm", "logging_nan_inf_filter"):
+            assert getattr(parsed, f.name) == getattr(built, f.name), f.name
+
+
+def test_command_line_lists_every_field_with_help(capsys):
+    with pytest.raises(SystemExit):
+        HfArgumentParser(ZOTrainingArguments).parse_args(["--help"])
+    text = capsys.readouterr().out
+    for f in fields(ZOTrainingArguments):
+        if f.name.startswith("zo_"):
+            assert f"--{f.name}" in text
+            assert f.metadata["help"]
+
+
+def test_estimator_kwargs(make):
+    args = make(zo_eps=0.5, zo_num_directions=3, zo_clip=2.0, zo_direction="rademacher", zo_seed=9)
+    expected = {"num_directions": 3, "seed": 9, "eps": 0.5, "clip": 2.0, "direction": "rademacher"}
+    assert args.estimator_kwargs() == expected
+
+
+def test_unset_directions_leave_the_default_of_the_method(make):
+    assert "num_directions" not in make(zo_eps=0.5).estimator_kwargs()
+
+
+def test_own_hyperparameters_lose_their_prefix(make, monkeypatch):
+    class Second(MeZO):
+        def __init__(self, *args, rank: int = 2, **common):
+            super().__init__(*args, **common)
+
+    monkeypatch.setitem(METHODS, "second", Second)
+    args = make(WithSecondMethod, zo_method="second", second_rank=4, zo_eps=1.0)
+    assert args.estimator_kwargs()["rank"] == 4
+
+
+def test_recommended_settings_cover_every_method():
+    assert set(RECOMMENDED) == set(METHODS)
+    for method in METHODS:
+        for trained in ("full", "lora", "prefix"):
+            lr, eps = recommended(method, trained)
+            assert 0 < lr < 1
+            assert 0 < eps < 1
+    # the radii of MeZO's published runs
+    assert [recommended("mezo", t)[1] for t in ("full", "lora", "prefix")] == [1e-3, 1e-2, 1e-1]
+
+
+def test_arguments_survive_serialisation(make):
+    args = make(zo_eps=1e-2, zo_clip=1.0)
+    found = args.to_dict()
+    assert found["zo_eps"] == 1e-2
+    assert found["zo_seed"] == 42
+    assert "zo_eps" in args.to_json_string()
