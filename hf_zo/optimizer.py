@@ -42,7 +42,8 @@ class ZOOptimizer(torch.optim.Optimizer):
     ) -> None:
         if inner is not None:
             groups = [dict(group) for group in inner.param_groups]
-        super().__init__(groups, defaults={"lr": 0.0, "weight_decay": 0.0})
+        # Some schedulers read the initial rate from the defaults.
+        super().__init__(groups, defaults={"lr": groups[0]["lr"], "weight_decay": 0.0})
         self.names = names
         self.estimator = estimator
         self.inner = inner

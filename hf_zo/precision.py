@@ -39,8 +39,8 @@ def _widened(x: Any) -> Any:
 
 @contextmanager
 def fp32_losses(model: nn.Module) -> Iterator[None]:
-    """Take losses and log-softmaxes in fp32 while a model with 16-bit weights runs."""
-    if next(model.parameters()).dtype in (torch.bfloat16, torch.float16):
+    """Take losses and log-softmaxes in fp32 while a model with any 16-bit weights runs."""
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
         with _Fp32Losses():
             yield
     else:

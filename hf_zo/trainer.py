@@ -130,6 +130,11 @@ class ZOTrainerMixin(_Base):
     def create_accelerator_and_postprocess(self) -> None:
         """Prepare models as for evaluation: no DistributedDataParallel, whose gradient buckets would double the memory."""
         super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # asked for by the launcher's configuration
+            name = "deepspeed" if self.is_deepspeed_enabled else "fsdp"
+            raise ValueError(
+                f"{name} is enabled by the launcher, but cannot work without a backward pass; use plain processes."
+            )
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -202,7 +207,7 @@ class ZOTrainerMixin(_Base):
         A process that is killed while it saves leaves a folder without the state that is written last.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} has no complete checkpoint.")
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -6,6 +6,7 @@ ignored. Two defaults depend on the model and are resolved by `ZOTrainer` throug
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -119,7 +120,6 @@ class ZOTrainingArguments(TrainingArguments):
 
     def _check_domains(self) -> None:
         choices: dict[str, tuple[str, ...]] = {
-            "zo_direction": ("gaussian", "rademacher"),
             "zo_nonfinite": ("raise", "skip"),
             "zo_restore": get_args(Restore),
             "zo_parallel": ("data", "directions"),
@@ -127,17 +127,16 @@ class ZOTrainingArguments(TrainingArguments):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} does not exist; choose one of {', '.join(allowed)}.")
-        for name in ("zo_eps", "zo_clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be a positive number, or unset.")
-        if self.learning_rate is not None and not self.learning_rate >= 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must not be negative.")
+        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} must be a finite number, not negative.")
+        if self.zo_seed is not None and not -(2**63) <= self.zo_seed < 2**63:
+            raise ValueError(f"zo_seed={self.zo_seed} does not fit into 64 bits.")
 
     def _check_methods(self) -> None:
         known = hyperparameters(self.zo_method)
         if self.zo_num_directions is not None and "num_directions" not in known:
             raise ValueError(f"zo_num_directions does nothing for zo_method={self.zo_method!r}; leave it unset.")
+        METHODS[self.zo_method]({}, **self.estimator_kwargs())  # each method knows the domains of its settings
         for f in fields(self):
             prefix = f.name.split("_")[0]
             foreign = prefix in METHODS and prefix != self.zo_method and f.default is not MISSING
@@ -168,13 +167,14 @@ class ZOTrainingArguments(TrainingArguments):
             )
 
     def estimator_kwargs(self) -> dict[str, Any]:
-        """The method's keyword arguments: common fields without ``zo_``, the method's own without its prefix."""
+        """The method's keyword arguments: common fields without ``zo_``, the method's own without its prefix.
+
+        Fields that are unset are left to the method's default.
+        """
         kwargs: dict[str, Any] = {}
         for name in hyperparameters(self.zo_method):
-            for prefix in (f"{self.zo_method}_", "zo_"):
-                if hasattr(self, prefix + name):
-                    value = getattr(self, prefix + name)
-                    if not (name == "num_directions" and value is None):
-                        kwargs[name] = value
-                    break
+            for prefix in ("zo", self.zo_method):
+                value = getattr(self, f"{prefix}_{name}", None)
+                if value is not None:
+                    kwargs[name] = value
         return kwargs

@@ -64,6 +64,13 @@ def test_applied_learning_rate_equals_logged_at_every_step(tmp_path: Path) -> No
     assert applied == pytest.approx(logged, rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial", "constant_with_warmup", "inverse_sqrt"])
+def test_schedules_of_the_trainer_work(schedule: str, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, max_steps=4, learning_rate=0.05, lr_scheduler_type=schedule)
+    trainer.train()
+    assert [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry][0] == pytest.approx(0.05)
+
+
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, max_steps=100, learning_rate=0.02, logging_steps=50, zo_num_directions=4, weight_decay=0.0)
     trainer.train()

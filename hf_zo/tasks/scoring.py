@@ -121,6 +121,7 @@ class OptionCollator:
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "logits_to_keep": torch.tensor(kept),
+            "use_cache": False,  # with a cache transformers takes the row for one sequence
         }
 
 
