@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -255,6 +256,9 @@ class ZOTrainerMixin(_Base):
                 # E s^2 is the squared gradient norm for directions of unit variance
                 "grad_norm": math.sqrt(sum(s * s for s in estimate.projected_gradients) / len(estimate.projected_gradients)),
             }
+        empty_cache_steps = self.args.torch_empty_cache_steps
+        if empty_cache_steps is not None and self.state.global_step % empty_cache_steps == 0:
+            clear_device_cache()
         # A skipped step reports the loss of the step before it, never 0; zo/skipped_steps tells them apart.
         return torch.tensor(self._last_loss, device=self.args.device)
 
@@ -281,13 +285,15 @@ class ZOTrainerMixin(_Base):
             # itself communicate.
             share = [probes[min(i, len(probes) - 1)] for i in range(rank, -(-len(probes) // ranks) * ranks, ranks)]
             mine = self._runtime.losses(share, measure)
-            gathered = torch.zeros(len(probes) + ranks, dtype=torch.float64)
+            gathered = torch.zeros(len(probes), dtype=torch.float64)
             for i, loss in zip(range(rank, len(probes), ranks), mine, strict=False):
                 gathered[i] = loss
-            return self._sum_over_ranks(gathered)[: len(probes)]
+            return self._sum_over_ranks(gathered)
         # With average_tokens_across_devices every rank's loss is already divided by the items of all ranks and multiplied
         # by their number; otherwise ranks count by their items.
-        weight = 1.0 if scaled and self.args.average_tokens_across_devices else float(num_items) if scaled else total  # type: ignore[arg-type]
+        weight = total
+        if scaled and num_items is not None:
+            weight = 1.0 if self.args.average_tokens_across_devices else float(num_items)
         mine = self._runtime.losses(probes, measure)
         *sums, total_weight = self._sum_over_ranks(torch.tensor([*(weight * x for x in mine), weight], dtype=torch.float64))
         return [x / total_weight for x in sums]
@@ -346,6 +352,7 @@ class ZOTrainerMixin(_Base):
         if "loss" in logs and self._metrics_of_step:
             optimizer = self._zo_optimizer
             scale = self._metrics_of_step["zo/scale"]
+            logs.setdefault("grad_norm", self._metrics_of_step["grad_norm"])  # not every version asks `_get_grad_norm`
             logs["zo/projected_gradient"] = self._metrics_of_step["zo/projected_gradient"]
             logs["zo/effective_learning_rate"] = logs.get("learning_rate", optimizer.param_groups[0]["lr"]) * scale
             logs["zo/forward_passes"] = optimizer.forward_passes

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import CASES, FORMS, assert_same_weights, model_of, relative_distance, trainer_of, weights_of
+from support import CASES, FORMS, Recorder, assert_same_weights, model_of, relative_distance, trainer_of, weights_of
 
 WORKER = str(Path(__file__).parent / "worker.py")
 STEPS = 4
@@ -124,6 +124,8 @@ def test_a_torn_checkpoint_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"torn": ')
     resumed = trainer_of(tmp_path, **options)
+    started: list[int] = []
+    resumed.add_callback(Recorder(lambda hook, step, kwargs: started.append(step) if hook == "on_step_begin" else None))
     resumed.train(resume_from_checkpoint=True)
-    assert resumed._initial_global_step == 2
+    assert started == [2, 3]
     assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
