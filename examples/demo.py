@@ -29,9 +29,9 @@ def run(role: str, model_dir: Path, output_dir: Path, max_steps: int) -> dict[st
     """Evaluate, or train and evaluate, in this process; a process each keeps the memory peaks apart."""
     from hf_zo import ZOTrainingArguments
     from hf_zo.tasks import get_task
-    from hf_zo.tasks.finetune import DataArguments, ModelArguments, finetune
+    from hf_zo.tasks.finetune import DataArguments, ModelArguments, build_trainer, run_trainer
 
-    metrics = finetune(
+    trainer = build_trainer(
         ModelArguments(model_name_or_path=str(model_dir), peft="lora" if role == "train" else "none"),
         DataArguments(task_name="sst2", dataset_dir=str(HERE / "demo_data")),
         ZOTrainingArguments(
@@ -48,7 +48,7 @@ def run(role: str, model_dir: Path, output_dir: Path, max_steps: int) -> dict[st
         ),
         get_task("sst2"),
     )
-    return {**metrics, "peak_megabytes": peak_megabytes()}
+    return {**run_trainer(trainer), "peak_megabytes": peak_megabytes()}
 
 
 def main() -> None:

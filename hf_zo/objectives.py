@@ -32,14 +32,18 @@ def shifts_labels(model: nn.Module) -> bool:
 def label_count(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | int:
     """How many items the mean loss of a batch is a mean of: label tokens, or examples where a label is per example."""
     labels = inputs.get("labels")
-    if isinstance(labels, OptionLabels):
-        return len(labels["target"])
-    if isinstance(labels, torch.Tensor):
-        if labels.dtype.is_floating_point:
-            return len(labels)
+    if isinstance(labels, torch.Tensor) and not labels.dtype.is_floating_point:
         if labels.ndim > 1 and shifts_labels(model):
             labels = labels[..., 1:]
         return labels.ne(-100).sum()
+    return example_count(inputs)
+
+
+def example_count(inputs: Mapping[str, Any]) -> int:
+    """Number of examples in a batch: the length of its first tensor, as the Trainer counts them."""
+    labels = inputs.get("labels")
+    if isinstance(labels, OptionLabels):
+        return len(labels["target"])
     return next((len(v) for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim), 1)
 
 

@@ -30,7 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .directions import Probe, space_of
 from .estimators import METHODS, Estimator
-from .objectives import OBJECTIVES, label_count
+from .objectives import OBJECTIVES, example_count, label_count
 from .optimizer import ZOOptimizer
 from .precision import fp32_losses
 from .runtimes import TorchRuntime
@@ -268,7 +268,10 @@ class ZOTrainerMixin(_Base):
         """Losses of the pooled window at ``probes``: over micro-batches, then over processes. fp64; the same on all ranks."""
         assert self._runtime is not None
         scaled = self._loss_is_scaled(num_items)
-        weights = [1.0 if scaled else float(label_count(self.model, inputs)) for inputs in window]
+        # Scores other than accuracy, and functions that users give, are means over examples.
+        per_label = self._objective_fn is None and self.args.zo_objective in ("loss", "accuracy")
+        counts = [label_count(self.model, inputs) if per_label else example_count(inputs) for inputs in window]
+        weights = [1.0 if scaled else float(count) for count in counts]
         total = sum(weights)
 
         def measure() -> torch.Tensor:

@@ -193,6 +193,30 @@ def test_accumulation_of_mean_losses_weighs_micro_batches_by_their_examples(tmp_
     assert ends[0] == pytest.approx(ends[1], rel=1e-6)
 
 
+def test_objective_functions_weigh_micro_batches_by_their_examples(tmp_path: Path) -> None:
+    """Whatever the labels are: the mean over the window's examples, not over its label tokens."""
+    losses = []
+    for size, steps in ((12, 1), (5, 3)):
+        arguments = arguments_of(
+            tmp_path,
+            "mezo",
+            max_steps=2,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            learning_rate=0.0,
+        )
+        trainer = ZOTrainer(
+            tiny_llama(),
+            arguments,
+            train_dataset=Sentences(12),
+            data_collator=collate,
+            objective_fn=lambda model, inputs: inputs["input_ids"].float().mean(),
+        )
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_compute_loss_func_and_label_smoothing_are_honoured(tmp_path: Path) -> None:
     def doubled(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch

@@ -32,8 +32,11 @@ def load_rows(
 
     Raises:
         FileNotFoundError: if the folder has no such split.
+        ValueError: if ``max_samples`` is below 1.
         DataError: for an empty split, a row without a needed field, or a label that is no option's number.
     """
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples={max_samples} leaves no {split} rows; give at least 1, or leave it unset for all.")
     if dataset_dir is None:
         import datasets
 

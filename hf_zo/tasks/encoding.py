@@ -53,7 +53,10 @@ def encode_rows(
         ValueError: if a row cannot be made to fit, a verbalizer is not a single token, or the task lacks the form.
     """
     form = form or ("options" if task.options is not None else "answers")
-    encoder = {"options": _options, "mask": _mask, "answers": _answer, "classes": _classes}[form]
+    encoders = {"options": _options, "mask": _mask, "answers": _answer, "classes": _classes}
+    if form not in encoders:
+        raise ValueError(f"form={form!r} does not exist; choose one of {', '.join(encoders)}.")
+    encoder = encoders[form]
     if (form == "answers") != (task.options is None):
         raise ValueError(f"{task.name} cannot be put as {form!r}.")
     encoded = EncodedRows([])
@@ -144,6 +147,8 @@ def _mask(task: Task, row: Row, tokenizer: PreTrainedTokenizerBase, max_length: 
         ids = _plain(tokenizer, " " + option.strip())
         if len(ids) != 1:
             raise ValueError(f"Verbalizer {option.strip()!r} of {task.name} is {len(ids)} tokens; a mask stands for one.")
+        if ids[0] == tokenizer.unk_token_id:
+            raise ValueError(f"Verbalizer {option.strip()!r} of {task.name} is not in the tokenizer's vocabulary.")
         tokens.append(ids[0])
     start = _start(tokenizer)
     end = tokenizer("")["input_ids"][len(start) :]

@@ -163,8 +163,13 @@ def _by_length(rows: list[Any], encoded: EncodedRows) -> tuple[list[Any], Encode
     return [rows[i] for i in order], EncodedRows([encoded[i] for i in order], encoded.shortened)
 
 
-def finetune(model_arguments: ModelArguments, data: DataArguments, training: ZOTrainingArguments, task: Task) -> dict[str, Any]:
-    """Train, evaluate and write the metrics as the Trainer's own examples do; returns the evaluation's metrics."""
+def build_trainer(model_arguments: ModelArguments, data: DataArguments, training: ZOTrainingArguments, task: Task) -> ZOTrainer:
+    """Load data and model and put them into a trainer.
+
+    Raises:
+        ValueError: for settings or data that cannot work, naming the field, or file and line.
+        FileNotFoundError: if ``dataset_dir`` lacks a split.
+    """
     set_seed(training.seed)
     seed = training.data_seed if training.data_seed is not None else training.seed
     # Bad data speaks up before a model is loaded.
@@ -186,10 +191,11 @@ def finetune(model_arguments: ModelArguments, data: DataArguments, training: ZOT
             "preprocess_logits_for_metrics": option_predictions,
         }
     elif form == "answers":
+        tokenizer.padding_side = "right"  # labelled batches; generation pads its prompts itself
         hooks = {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
     else:
         hooks = {"data_collator": DataCollatorWithPadding(tokenizer)}
-    trainer = (_GeneratingTrainer if form == "answers" else ZOTrainer)(
+    return (_GeneratingTrainer if form == "answers" else ZOTrainer)(
         model,
         training,
         train_dataset=train_set if training.do_train else None,
@@ -198,6 +204,13 @@ def finetune(model_arguments: ModelArguments, data: DataArguments, training: ZOT
         compute_metrics=metrics_for(task, eval_rows, tokenizer),
         **hooks,
     )
+
+
+def run_trainer(trainer: ZOTrainer) -> dict[str, Any]:
+    """Train, evaluate and write the metrics as the Trainer's own examples do; returns the evaluation's metrics."""
+    training: Any = trainer.args
+    train_set: Any = trainer.train_dataset
+    eval_set: Any = trainer.eval_dataset
     if training.do_train:
         resume = training.resume_from_checkpoint
         result = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
@@ -224,11 +237,8 @@ def main(family: str) -> dict[str, Any]:
         parser = HfArgumentParser((ModelArguments, DataArguments, ZOTrainingArguments))  # type: ignore[arg-type]
         model_arguments, data, training = parser.parse_args_into_dataclasses()
         task = get_task(data.task_name, family)
-    except ValueError as error:
-        sys.exit(_usage(error))
-    return finetune(model_arguments, data, training, task)
-
-
-def _usage(error: ValueError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+        trainer = build_trainer(model_arguments, data, training, task)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    return run_trainer(trainer)

@@ -139,3 +139,9 @@ def test_the_hub_is_asked_for_the_matched_split_of_mnli(monkeypatch):
     assert load_rows(TASKS["mnli"], "validation") == [ROWS["mnli"][0]]
     load_rows(TASKS["mnli"], "train")
     assert asked == [("nyu-mll/glue", "mnli", "validation_matched"), ("nyu-mll/glue", "mnli", "train")]
+
+
+@pytest.mark.parametrize("number", [0, -3])
+def test_no_samples_are_refused(tmp_path, number):
+    with pytest.raises(ValueError, match=f"max_samples={number}"):
+        load_rows(TASKS["sst2"], "train", tmp_path, max_samples=number)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -194,3 +196,16 @@ def test_encoded_rows_are_a_data_set(bpe):
     encoded = encode_rows(TASKS["sst2"], [ROWS["sst2"][0]] * 3, bpe, 100)
     assert len(encoded) == 3
     assert encoded[2] == encoded.examples[2]
+
+
+def test_a_verbalizer_outside_the_vocabulary(wordpiece, task_row):
+    task, row, _ = task_row("sst2")
+    strange = dataclasses.replace(task, options=lambda row: [" great", " \u4e16"])
+    with pytest.raises(ValueError, match="'\u4e16' of sst2 is not in the tokenizer's vocabulary"):
+        encode_rows(strange, [row], wordpiece, 64, "mask")
+
+
+def test_an_unknown_form_lists_the_forms(bpe, task_row):
+    task, row, _ = task_row("sst2")
+    with pytest.raises(ValueError, match="choose one of options, mask, answers, classes"):
+        encode_rows(task, [row], bpe, 64, "free")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_zo import ZOTrainingArguments
 from hf_zo.tasks import TASKS
-from hf_zo.tasks.finetune import DataArguments, ModelArguments, finetune, load_model, main
+from hf_zo.tasks.finetune import DataArguments, ModelArguments, build_trainer, load_model, main
 from hf_zo.tasks.generation import MAX_NEW_TOKENS
 from hf_zo.tasks.templates import get_task
 
@@ -177,7 +177,17 @@ def test_bad_data_speaks_up_before_a_model_is_loaded(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"sentence": "x"}\n')
     training = ZOTrainingArguments(output_dir=str(tmp_path), do_train=True, use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match=r"train\.jsonl, line 1: field 'label' is missing"):
-        finetune(ModelArguments("no/model"), DataArguments("sst2", str(tmp_path)), training, get_task("sst2"))
+        build_trainer(ModelArguments("no/model"), DataArguments("sst2", str(tmp_path)), training, get_task("sst2"))
+
+
+def test_bad_data_ends_with_its_place(monkeypatch, capsys, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"sentence": "x", "label": 7}\n')
+    command = f"run_glue.py --model_name_or_path no/model --task_name sst2 --dataset_dir {tmp_path} --do_train --use_cpu"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--report_to", "none", "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        main("glue")
+    assert ended.value.code == 2
+    assert "train.jsonl, line 1: field 'label' gives 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
