@@ -33,13 +33,16 @@ def run(role: str, model_dir: Path, output_dir: Path, max_steps: int) -> dict[st
 
     trainer = build_trainer(
         ModelArguments(model_name_or_path=str(model_dir), peft="lora" if role == "train" else "none"),
-        DataArguments(task_name="sst2", dataset_dir=str(HERE / "demo_data")),
+        DataArguments(task_name="sst2", dataset_dir=str(HERE / "demo_data"), packing=True),
         ZOTrainingArguments(
             output_dir=str(output_dir),
             do_train=role == "train",
             do_eval=True,
             max_steps=max_steps,
-            learning_rate=2e-3,
+            learning_rate=3e-3,
+            lr_scheduler_type="polynomial",
+            lr_scheduler_kwargs={"power": 3.0},
+            zo_clip=2.0,
             per_device_train_batch_size=16,
             per_device_eval_batch_size=16,
             logging_steps=25,

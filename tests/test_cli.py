@@ -6,8 +6,6 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_zo import cli
 from hf_zo.estimators import METHODS
@@ -17,19 +15,6 @@ def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["methods"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in METHODS)
-
-
-@pytest.mark.slow
-def test_demo_model_is_an_ordinary_folder(tmp_path: Path) -> None:
-    assert cli.main(["demo-model", str(tmp_path)]) == 0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert model.dtype == torch.bfloat16
-    assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    inputs = tokenizer("The capital of France is", return_tensors="pt")
-    with torch.no_grad():
-        best = model(**inputs).logits[0, -1].argmax()
-    assert tokenizer.decode(best).strip() == "Paris"
 
 
 def test_demo_model_without_its_package_says_how_to_get_it(
