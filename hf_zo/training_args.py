@@ -26,6 +26,10 @@ Trained = Literal["full", "lora", "prefix"]
 # rates still learn.
 RECOMMENDED: dict[str, dict[Trained, tuple[float, float]]] = {
     "mezo": {"full": (1e-6, 1e-3), "lora": (1e-4, 1e-2), "prefix": (1e-2, 1e-1)},
+    # The authors' 1e-6 times r = 2, for the estimate over r; adapters are not published: MeZO's.
+    "lozo": {"full": (2e-6, 1e-3), "lora": (1e-4, 1e-2), "prefix": (1e-2, 1e-1)},
+    # Not published: MeZO's rate over C = 4, which is the same effective rate.
+    "kerzoo": {"full": (2.5e-7, 1e-3), "lora": (2.5e-5, 1e-2), "prefix": (2.5e-3, 1e-1)},
 }
 
 # Layer-wise optimizers update inside the backward pass, which does not exist here.
@@ -72,6 +76,12 @@ class ZOTrainingArguments(TrainingArguments):
         zo_parallel (`str`, defaults to `"data"`):
             Work of several processes: `"data"` measures all probes on different data, `"directions"` shares the probes out
             over processes that see the same data. Either way only losses are exchanged.
+        lozo_rank (`int`, defaults to 2), lozo_interval (`int`, defaults to 50), lozo_momentum (`float`, defaults to 0.0),
+        lozo_scale_by_rank (`bool`, defaults to `True`):
+            See `hf_zo.estimators.lozo.LoZO`.
+        kerzoo_order (`str`, defaults to `"3"`), kerzoo_constant (`float`, defaults to 4.0), kerzoo_range (`float`, defaults to
+        1.0), kerzoo_half_life (`int`, defaults to 1000), kerzoo_rescale (`bool`, defaults to `True`):
+            See `hf_zo.estimators.kerzoo.KerZOO`.
 
     Raises:
         ValueError: for a setting that cannot work, naming the field and what to do instead.
@@ -100,6 +110,17 @@ class ZOTrainingArguments(TrainingArguments):
     zo_objective: str = field(default="loss", metadata={"help": "What a probe measures: 'loss', 'accuracy', 'f1'."})
     zo_restore: Restore = field(default="auto", metadata={"help": "'auto', 'copy', 'transient' or 'in_place'."})
     zo_parallel: str = field(default="data", metadata={"help": "Over processes: 'data' or 'directions'."})
+
+    lozo_rank: int = field(default=2, metadata={"help": "Rank of the perturbation."})
+    lozo_interval: int = field(default=50, metadata={"help": "Steps that share the right factor."})
+    lozo_momentum: float = field(default=0.0, metadata={"help": "Momentum in the subspace; 0 for none."})
+    lozo_scale_by_rank: bool = field(default=True, metadata={"help": "Estimate over the rank, as in the paper."})
+
+    kerzoo_order: str = field(default="3", metadata={"help": "Kernel: '1', '3', '5', or 'richardson'."})
+    kerzoo_constant: float = field(default=4.0, metadata={"help": "C, which multiplies the effective learning rate."})
+    kerzoo_range: float = field(default=1.0, metadata={"help": "Range of radii that the schedule approaches from 1."})
+    kerzoo_half_life: int = field(default=1000, metadata={"help": "Steps in which the distance to the range halves."})
+    kerzoo_rescale: bool = field(default=True, metadata={"help": "Stretch the kernel with the range."})
 
     def __post_init__(self) -> None:
         self._check_domains()

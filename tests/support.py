@@ -22,7 +22,13 @@ CASES: dict[str, dict[str, Any]] = {
     "mezo": {},
     "mezo-n3-rademacher": {"zo_method": "mezo", "zo_num_directions": 3, "zo_direction": "rademacher"},
     "mezo-adamw": {"zo_method": "mezo", "optim": "adamw_torch", "learning_rate": 1e-3},
+    "lozo": {"lozo_interval": 3},
+    "lozo-momentum": {"zo_method": "lozo", "lozo_momentum": 0.7, "lozo_interval": 2},
+    "kerzoo": {"learning_rate": 2.5e-3},
+    "kerzoo-richardson": {"zo_method": "kerzoo", "kerzoo_order": "richardson", "zo_num_directions": 1},
 }
+# Methods that average over steps: their update lies in the span of all probes so far, as long as the subspace is held.
+AVERAGING: dict[str, dict[str, Any]] = {"lozo-momentum": {"lozo_interval": 50}}
 FORMS = ("full", "lora")
 
 

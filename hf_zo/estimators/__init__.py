@@ -6,9 +6,11 @@ import inspect
 from typing import Any
 
 from .base import Estimate, Estimator, Oracle
+from .kerzoo import KerZOO
+from .lozo import LoZO
 from .mezo import MeZO
 
-METHODS: dict[str, type[Estimator]] = {"mezo": MeZO}
+METHODS: dict[str, type[Estimator]] = {"mezo": MeZO, "lozo": LoZO, "kerzoo": KerZOO}
 
 __all__ = ["METHODS", "Estimate", "Estimator", "Oracle", "hyperparameters"]
 
