@@ -29,6 +29,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 # Methods that average over steps: their update lies in the span of all probes so far, as long as the subspace is held.
 AVERAGING: dict[str, dict[str, Any]] = {"lozo-momentum": {"lozo_interval": 50}}
+# How much more of a loss's rounding error reaches the estimate than with MeZO: square roots of the loss-noise factors 18.75
+# (kernel K3) and 7.22 (Richardson).
+LOSS_NOISE: dict[str, float] = {"kerzoo": 4.33, "kerzoo-richardson": 2.69}
 FORMS = ("full", "lora")
 
 

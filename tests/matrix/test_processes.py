@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import CASES, FORMS, Recorder, assert_same_weights, model_of, relative_distance, trainer_of, weights_of
+from support import CASES, FORMS, LOSS_NOISE, Recorder, assert_same_weights, model_of, relative_distance, trainer_of, weights_of
 
 WORKER = str(Path(__file__).parent / "worker.py")
 STEPS = 4
@@ -73,7 +73,8 @@ def test_two_ranks_equal_one_process(case: str, form: str, parallel: str, two_ra
     single.train()
     ranks = [_final(two_ranks / f"{parallel}-{case}-{form}", rank) for rank in range(2)]
     assert_same_weights(ranks[0]["weights"], ranks[1]["weights"])
-    assert relative_distance(weights_of(single.model), ranks[0]["weights"], weights_of(model_of(form))) < 1e-4
+    distance = relative_distance(weights_of(single.model), ranks[0]["weights"], weights_of(model_of(form)))
+    assert distance < 1e-4 * LOSS_NOISE.get(case, 1.0)
     losses = [[e["loss"] for e in log if "loss" in e] for log in (single.state.log_history, *(r["log"] for r in ranks))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[1] == losses[2]

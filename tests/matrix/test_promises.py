@@ -18,6 +18,7 @@ from support import (
     AVERAGING,
     CASES,
     FORMS,
+    LOSS_NOISE,
     Recorder,
     assert_same_weights,
     digest,
@@ -154,7 +155,7 @@ def test_accumulation_equals_one_large_batch(case: str, form: str, tmp_path: Pat
     assert losses == pytest.approx(losses_small, rel=1e-6)
     # Losses of 4 differ by the order of summation, one fp32 ulp or 5e-7; over 2 eps = 1 that is 5e-7 of a projected
     # gradient of about 0.05.
-    assert relative_distance(large, small, start) < 1e-4
+    assert relative_distance(large, small, start) < 1e-4 * LOSS_NOISE.get(case, 1.0)
 
 
 @every_case
