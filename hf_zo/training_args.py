@@ -12,7 +12,6 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from .estimators import METHODS, hyperparameters
 from .noise import Kind
@@ -30,6 +29,12 @@ RECOMMENDED: dict[str, dict[Trained, tuple[float, float]]] = {
     "lozo": {"full": (2e-6, 1e-3), "lora": (1e-4, 1e-2), "prefix": (1e-2, 1e-1)},
     # Not published: MeZO's rate over C = 4, which is the same effective rate.
     "kerzoo": {"full": (2.5e-7, 1e-3), "lora": (2.5e-5, 1e-2), "prefix": (2.5e-3, 1e-1)},
+    # Not published: MeZO's, which the first step of the method is.
+    "curvzo": {"full": (1e-6, 1e-3), "lora": (1e-4, 1e-2), "prefix": (1e-2, 1e-1)},
+    # The authors' 1e-7 belongs to OPT-1.3B and eps = 1e-4, which bf16 does not resolve; here MeZO's rate over k = 2.
+    "bszo": {"full": (5e-7, 1e-3), "lora": (5e-5, 1e-2), "prefix": (5e-3, 1e-1)},
+    # Not published: Adam's rate from benchmarks/results/sst2-zo-act.json.
+    "zo_act": {"lora": (1e-3, 1e-2)},
 }
 
 # Layer-wise optimizers update inside the backward pass, which does not exist here.
@@ -55,9 +60,10 @@ class ZOTrainingArguments(TrainingArguments):
         learning_rate (`float`, *optional*):
             Default: by method and by what is trained (`hf_zo.training_args.RECOMMENDED`), because the Trainer's own 5e-5
             suits no zeroth-order run. The resolved value is logged and saved.
-        optim (`str`, defaults to `"sgd"`):
-            `"sgd"` streams one tensor at a time and needs no gradient memory. Any other optimizer of the Trainer gets
-            `.grad` filled first, which costs a gradient and the optimizer's moments: meant for adapters.
+        optim (`str`, *optional*):
+            Default: `"adamw_torch"` for ZO-Act, else `"sgd"`, which streams one tensor at a time and needs no gradient
+            memory. Any other optimizer of the Trainer gets `.grad` filled first, which costs a gradient and the
+            optimizer's moments: meant for adapters.
         zo_num_directions (`int`, *optional*):
             Directions per step. Default: the method's own (MeZO 1).
         zo_direction (`str`, defaults to `"gaussian"`):
@@ -82,6 +88,16 @@ class ZOTrainingArguments(TrainingArguments):
         kerzoo_order (`str`, defaults to `"3"`), kerzoo_constant (`float`, defaults to 4.0), kerzoo_range (`float`, defaults to
         1.0), kerzoo_half_life (`int`, defaults to 1000), kerzoo_rescale (`bool`, defaults to `True`):
             See `hf_zo.estimators.kerzoo.KerZOO`.
+        curvzo_ema (`float`, defaults to 0.1), curvzo_mix (`float`, defaults to 0.5), curvzo_reweight (`str`, defaults to
+        `"ht"`), curvzo_budget (`float`, *optional*), curvzo_granularity (`str`, defaults to `"block"`), curvzo_floor (`float`,
+        defaults to 0.02), curvzo_debias (`bool`, defaults to `False`):
+            See `hf_zo.estimators.curvzo.CurvZO`.
+        bszo_samples (`int`, defaults to 3), bszo_prior, bszo_noise (`str` or `float`, default to `"auto"`), bszo_adaptive
+        (`bool`, defaults to `True`), bszo_cache (`bool`, defaults to `True`), bszo_two_sided (`bool`, defaults to `False`):
+            See `hf_zo.estimators.bszo.BSZO`.
+        zo_act_rank (`int`, defaults to 8), zo_act_samples (`int`, defaults to 64), zo_act_targets (`str`, defaults to
+        `"all-linear"`), zo_act_exclude_first_token (`bool`, defaults to `False`):
+            See `hf_zo.adapters.activation_adapter`.
 
     Raises:
         ValueError: for a setting that cannot work, naming the field and what to do instead.
@@ -91,9 +107,12 @@ class ZOTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Initial learning rate. Default: recommended for the method and for what is trained."},
     )
-    optim: OptimizerNames | str = field(
-        default="sgd",
-        metadata={"help": "'sgd' streams the update tensor by tensor; any other optimizer gets `.grad` filled first."},
+    optim: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "'sgd' streams the update tensor by tensor; any other optimizer gets `.grad` filled first. Default: "
+            "adamw_torch for zo_act, else sgd."
+        },
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Must stay 0: there is no gradient. Use zo_clip."})
     logging_nan_inf_filter: bool = field(
@@ -122,7 +141,31 @@ class ZOTrainingArguments(TrainingArguments):
     kerzoo_half_life: int = field(default=1000, metadata={"help": "Steps in which the distance to the range halves."})
     kerzoo_rescale: bool = field(default=True, metadata={"help": "Stretch the kernel with the range."})
 
+    curvzo_ema: float = field(default=0.1, metadata={"help": "Share of a new score in its average."})
+    curvzo_mix: float = field(default=0.5, metadata={"help": "Adaptive budget: effective support (1) or entropy (0)."})
+    curvzo_reweight: str = field(default="ht", metadata={"help": "'ht' divides by the probability; or 'partial', 'none'."})
+    curvzo_budget: float | None = field(default=None, metadata={"help": "Expected number selected. Default: adaptive."})
+    curvzo_granularity: str = field(default="block", metadata={"help": "'block' (a tensor) or 'coordinate'."})
+    curvzo_floor: float = field(default=0.02, metadata={"help": "Least probability of being selected."})
+    curvzo_debias: bool = field(default=False, metadata={"help": "Take the probability out of the scores."})
+
+    bszo_samples: int = field(default=3, metadata={"help": "Observations per step, at least zo_num_directions."})
+    bszo_prior: str = field(default="auto", metadata={"help": "Prior standard deviation, or 'auto': sqrt(parameters/1e6)."})
+    bszo_noise: str = field(default="auto", metadata={"help": "Initial noise standard deviation, or 'auto': the prior's."})
+    bszo_adaptive: bool = field(default=True, metadata={"help": "Learn the noise."})
+    bszo_cache: bool = field(default=True, metadata={"help": "Reuse the loss of an axis that is observed again."})
+    bszo_two_sided: bool = field(default=False, metadata={"help": "Central instead of forward differences."})
+
+    zo_act_rank: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    zo_act_samples: int = field(default=64, metadata={"help": "Training sequences that the basis is made from."})
+    zo_act_targets: str = field(
+        default="all-linear", metadata={"help": "'all-linear', or module names with commas between them."}
+    )
+    zo_act_exclude_first_token: bool = field(default=False, metadata={"help": "Leave the first token out of the basis."})
+
     def __post_init__(self) -> None:
+        if self.optim is None:
+            self.optim = "adamw_torch" if self.zo_method == "zo_act" else "sgd"
         self._check_domains()
         self._check_methods()
         self._check_backward_only()
@@ -150,6 +193,9 @@ class ZOTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} does not exist; choose one of {', '.join(allowed)}.")
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate} must be a finite number, not negative.")
+        for name in ("zo_act_rank", "zo_act_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.zo_seed is not None and not -(2**63) <= self.zo_seed < 2**63:
             raise ValueError(f"zo_seed={self.zo_seed} does not fit into 64 bits.")
 
@@ -159,11 +205,11 @@ class ZOTrainingArguments(TrainingArguments):
             raise ValueError(f"zo_num_directions does nothing for zo_method={self.zo_method!r}; leave it unset.")
         METHODS[self.zo_method]({}, **self.estimator_kwargs())  # each method knows the domains of its settings
         for f in fields(self):
-            prefix = f.name.split("_")[0]
-            foreign = prefix in METHODS and prefix != self.zo_method and f.default is not MISSING
+            owner = next((m for m in METHODS if f.name.startswith(f"{m}_")), self.zo_method)
+            foreign = owner != self.zo_method and f.default is not MISSING
             if foreign and getattr(self, f.name) != f.default:
                 raise ValueError(
-                    f"{f.name}={getattr(self, f.name)!r} belongs to zo_method={prefix!r}, but zo_method is "
+                    f"{f.name}={getattr(self, f.name)!r} belongs to zo_method={owner!r}, but zo_method is "
                     f"{self.zo_method!r}; leave it at its default or change zo_method."
                 )
 

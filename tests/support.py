@@ -25,6 +25,23 @@ CASES: dict[str, dict[str, Any]] = {
     "lozo": {"lozo_interval": 3},
     "lozo-momentum": {"zo_method": "lozo", "lozo_momentum": 0.7, "lozo_interval": 2},
     "kerzoo": {"learning_rate": 2.5e-3},
+    "curvzo": {"curvzo_ema": 0.5},
+    "curvzo-coordinate": {
+        "zo_method": "curvzo",
+        "curvzo_granularity": "coordinate",
+        "curvzo_budget": 2000,
+        "curvzo_reweight": "none",
+        "curvzo_debias": True,
+        "curvzo_ema": 0.5,
+    },
+    "bszo": {"bszo_prior": 1.0},
+    "bszo-remeasured": {
+        "zo_method": "bszo",
+        "bszo_two_sided": True,
+        "bszo_cache": False,
+        "bszo_prior": 1.0,
+    },
+    "zo_act": {"learning_rate": 1e-3, "zo_act_samples": 8, "zo_act_rank": 4},
     "kerzoo-richardson": {"zo_method": "kerzoo", "kerzoo_order": "richardson", "zo_num_directions": 1},
 }
 # Methods that average over steps: their update lies in the span of all probes so far, as long as the subspace is held.
@@ -33,6 +50,8 @@ AVERAGING: dict[str, dict[str, Any]] = {"lozo-momentum": {"lozo_interval": 50}}
 # (kernel K3) and 7.22 (Richardson).
 LOSS_NOISE: dict[str, float] = {"kerzoo": 4.33, "kerzoo-richardson": 2.69}
 FORMS = ("full", "lora")
+# ZO-Act brings an adapter of its own: it is given the base model and trains the adapter.
+COMBINATIONS = [(case, form) for case in CASES for form in FORMS if not (case == "zo_act" and form == "lora")]
 
 
 def settings_of(case: str) -> dict[str, Any]:
@@ -147,6 +166,10 @@ def trainer_of(
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def trained_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def digest(model: nn.Module) -> str:

@@ -88,7 +88,7 @@ def test_format_of_directions(kind, digest):
 
 
 def test_format_of_uniforms():
-    assert sha256(noise.uniform(KEY, 1000)) == "90ed3196b123b4fc2310b1a28cad8cf298cb309914492ef4a8f1eddeeb32ebb2"
+    assert sha256(noise.uniform(KEY, 1000).numpy()) == "90ed3196b123b4fc2310b1a28cad8cf298cb309914492ef4a8f1eddeeb32ebb2"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,6 @@ def test_words_are_splitmix64():
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
         outputs.append(x ^ (x >> 31))
-    assert noise._numpy_words(KEY, 0, 50).tolist() == outputs
     assert [x % 2**64 for x in noise._torch_words(KEY, 0, 50, torch.device("cpu")).tolist()] == outputs
     # four 16-bit fields a word, the lowest first
     table, z = noise.normal_table(), noise.sample(KEY, (200,))
@@ -197,6 +196,22 @@ def test_a_longer_stream_begins_with_the_shorter_one():
         for n in (1, 2, 63, 65, 4095, 4097, 99_999):
             assert same_bits(noise.sample(KEY, (n,), kind=kind), long[:n])
     assert (noise.uniform(KEY, 1000)[:17] == noise.uniform(KEY, 17)).all()
+
+
+@pytest.mark.parametrize("n", [1, 5, 4096, 4097, 200_001])
+def test_energy_is_the_squared_norm_whatever_the_threads(n, monkeypatch):
+    z = noise.sample(KEY, (n,)).double()
+    by_numba = noise.energy(KEY, n)
+    assert float(by_numba) == pytest.approx(float((z**2).sum()), abs=n * 2.0**-33 + 1e-9)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(noise.energy(KEY, n), by_numba)
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(noise, "_kernel", lambda: None)
+    assert torch.equal(noise.energy(KEY, n), by_numba)
+    assert float(noise.energy(KEY, n, kind="rademacher")) == n
 
 
 def test_c_order_of_any_shape():
@@ -352,7 +367,7 @@ def test_moments_of_draws(kind, kurtosis, sixth):
 
 def test_uniforms_are_uniform():
     n = 1_000_000
-    u = noise.uniform(KEY, n)
+    u = noise.uniform(KEY, n).numpy()
     assert u.dtype == np.float64
     assert u.min() >= 0
     assert u.max() < 1

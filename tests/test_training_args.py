@@ -56,6 +56,12 @@ NAN = float("nan")
         ({"zo_method": "lozo", "kerzoo_order": "5"}, "kerzoo_order", "zo_method is 'lozo'"),
         ({"zo_method": "lozo", "zo_num_directions": 2}, "zo_num_directions", "leave it unset"),
         ({"zo_method": "lozo", "lozo_rank": 0}, "lozo_rank", "at least 1"),
+        ({"zo_method": "curvzo", "curvzo_budget": 0.5}, "curvzo_budget", "at least 1"),
+        ({"zo_method": "bszo", "zo_num_directions": 4}, "bszo_samples", "one per axis"),
+        ({"zo_method": "bszo", "bszo_prior": "wide"}, "bszo_prior", "'auto'"),
+        ({"zo_method": "zo_act", "zo_act_rank": 0}, "zo_act_rank", "at least 1"),
+        ({"zo_method": "zo_act", "zo_act_samples": 0}, "zo_act_samples", "at least 1"),
+        ({"zo_act_rank": 4}, "zo_act_rank", "zo_method is 'mezo'"),
         ({"zo_eps": float("inf")}, "zo_eps", "positive"),
         ({"zo_num_directions": 0}, "zo_num_directions", "at least 1"),
         ({"zo_seed": 2**63}, "zo_seed", "64 bits"),
@@ -120,6 +126,8 @@ def test_defaults(make):
     assert args.learning_rate is None  # resolved by the trainer, which knows the model
     assert args.zo_eps is None
     assert args.optim == "sgd"
+    assert make(zo_method="zo_act").optim == "adamw_torch"
+    assert make(zo_method="zo_act", optim="sgd").optim == "sgd"
     assert args.max_grad_norm == 0.0
     assert args.lr_scheduler_type == "linear"
     assert args.gradient_checkpointing is False
@@ -205,7 +213,7 @@ def test_own_hyperparameters_lose_their_prefix(make, monkeypatch):
 def test_recommended_settings_cover_every_method():
     assert set(RECOMMENDED) == set(METHODS)
     for method in METHODS:
-        for trained in ("full", "lora", "prefix"):
+        for trained in ("lora",) if method == "zo_act" else ("full", "lora", "prefix"):
             lr, eps = recommended(method, trained)
             assert 0 < lr < 1
             assert 0 < eps < 1

@@ -6,11 +6,14 @@ import inspect
 from typing import Any
 
 from .base import Estimate, Estimator, Oracle
+from .bszo import BSZO
+from .curvzo import CurvZO
 from .kerzoo import KerZOO
 from .lozo import LoZO
 from .mezo import MeZO
+from .zo_act import ZOAct
 
-METHODS: dict[str, type[Estimator]] = {"mezo": MeZO, "lozo": LoZO, "kerzoo": KerZOO}
+METHODS: dict[str, type[Estimator]] = {m.name: m for m in (MeZO, LoZO, KerZOO, CurvZO, BSZO, ZOAct)}
 
 __all__ = ["METHODS", "Estimate", "Estimator", "Oracle", "hyperparameters"]
 

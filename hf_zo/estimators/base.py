@@ -64,6 +64,8 @@ class Estimator(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    perturbs: ClassVar[str]
+    """What a probe changes."""
     cost: ClassVar[str]
     """Forward passes of the batch per step, as a formula."""
     memory: ClassVar[str]

@@ -56,6 +56,7 @@ class KerZOO(Estimator):
 
     name = "kerzoo"
     paper = "arXiv 2505.18886"
+    perturbs = "all entries, dense, at random radii"
     cost = "2n (n=3); richardson 4n"
     memory = "none"
     use = "to check claims about bias; at equal forward passes its variance is 6.25 times MeZO's"
@@ -102,7 +103,7 @@ class KerZOO(Estimator):
         """The r_i of a step."""
         a = self.range_at(step)
         u = noise.uniform(noise.stream_key(self.seed, step, 0, "radius", ""), self.num_directions)
-        return [float(a * (2 * x - 1)) for x in u]
+        return [a * (2 * x - 1) for x in u.tolist()]
 
     def estimate(self, step: int, oracle: Oracle) -> Estimate:
         """Measure both sides of every direction at its radius and weigh them by the kernel."""

@@ -105,6 +105,7 @@ class LoZO(Estimator):
 
     name = "lozo"
     paper = "arXiv 2410.07698"
+    perturbs = "all tensors, by U V^T of rank r"
     cost = "2"
     memory = "none; LoZO-M: m r per m x n matrix"
     use = "as MeZO, where momentum is wanted at little memory; not for tensors with few rows"

@@ -30,6 +30,7 @@ class MeZO(Estimator):
 
     name = "mezo"
     paper = "arXiv 2305.17333"
+    perturbs = "all entries, dense"
     cost = "2n (n=1)"
     memory = "none"
     use = "the baseline; start here, with prompts and many small steps"

@@ -84,7 +84,7 @@ class TorchRuntime:
         Every probe sees the same random numbers, in case the model draws any.
         """
         measured: list[torch.Tensor] = []
-        with _Randomness(self.params.values()) as randomness, ExitStack() as stack:
+        with Randomness(self.params.values()) as randomness, ExitStack() as stack:
 
             def rewound() -> torch.Tensor:
                 randomness.rewind()
@@ -348,13 +348,13 @@ def _read_into(p: torch.Tensor, file: IO[bytes]) -> None:
     p.copy_(raw.view(p.dtype).view(p.shape))
 
 
-class _Randomness:
+class Randomness:
     """The python, numpy and torch random states, rewound before every probe and put back at the end."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self.cuda = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
 
-    def __enter__(self) -> _Randomness:
+    def __enter__(self) -> Randomness:
         self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.on_cuda = [torch.cuda.get_rng_state(i) for i in self.cuda]
         return self

@@ -16,10 +16,12 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     HfArgumentParser,
     PreTrainedTokenizerBase,
+    TorchAoConfig,
     set_seed,
 )
 
@@ -54,6 +56,9 @@ class ModelArguments:
         default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Module names that get an adapter."}
     )
     num_virtual_tokens: int = field(default=5, metadata={"help": "Length of the prefix."})
+    quantization: str = field(
+        default="none", metadata={"help": "Of the frozen base: 'nf4' or 'int8' (bitsandbytes), 'torchao-int8', or 'none'."}
+    )
     dtype: str = field(default="bfloat16", metadata={"help": "Of the model's weights: 'bfloat16', 'float32', 'float16'."})
 
 
@@ -83,7 +88,7 @@ def load_model(arguments: ModelArguments, task: Task) -> tuple[nn.Module, PreTra
     """Model with its adapter, and tokenizer.
 
     Raises:
-        ValueError: for an unknown ``head``, ``peft`` or ``dtype``.
+        ValueError: for an unknown ``head``, ``peft``, ``dtype`` or ``quantization``.
     """
     classes: dict[str, Any] = {
         "lm": AutoModelForCausalLM,
@@ -104,6 +109,8 @@ def load_model(arguments: ModelArguments, task: Task) -> tuple[nn.Module, PreTra
             f"head='mlm' with task {task.name} and peft={arguments.peft!r}: a masked LM generates no answers and PEFT has no "
             "prefix for it; use head='lm'."
         )
+    if arguments.quantization != "none":
+        kwargs["quantization_config"] = _quantization(arguments)
     model = classes[arguments.head].from_pretrained(arguments.model_name_or_path, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     if tokenizer.pad_token is None:
@@ -126,6 +133,20 @@ def load_model(arguments: ModelArguments, task: Task) -> tuple[nn.Module, PreTra
     else:
         raise ValueError(f"peft={arguments.peft!r} does not exist; choose 'lora', 'prefix' or 'none'.")
     return get_peft_model(model, config), tokenizer
+
+
+def _quantization(arguments: ModelArguments) -> Any:
+    """The configuration that transformers loads a quantised base with."""
+    if arguments.quantization == "nf4":
+        compute = getattr(torch, arguments.dtype)
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    if arguments.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if arguments.quantization == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    raise ValueError(f"quantization={arguments.quantization!r} does not exist; choose 'nf4', 'int8', 'torchao-int8' or 'none'.")
 
 
 def _encode(

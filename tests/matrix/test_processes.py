@@ -18,7 +18,18 @@ from typing import Any
 
 import pytest
 import torch
-from support import CASES, FORMS, LOSS_NOISE, Recorder, assert_same_weights, model_of, relative_distance, trainer_of, weights_of
+from support import (
+    CASES,
+    COMBINATIONS,
+    FORMS,
+    LOSS_NOISE,
+    Recorder,
+    assert_same_weights,
+    relative_distance,
+    trained_of,
+    trainer_of,
+    weights_of,
+)
 
 WORKER = str(Path(__file__).parent / "worker.py")
 STEPS = 4
@@ -26,6 +37,7 @@ SAME = {"max_steps": STEPS, "learning_rate": 1e-3, "zo_eps": 0.5}
 
 pytestmark = pytest.mark.slow
 every_case = pytest.mark.parametrize("case", CASES)
+every_combination = pytest.mark.parametrize(("case", "form"), COMBINATIONS)
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -50,8 +62,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     jobs = [
         _job(case, form, folder / f"{parallel}-{case}-{form}", zo_parallel=parallel, **SAME)
-        for case in CASES
-        for form in FORMS
+        for case, form in COMBINATIONS
         for parallel in ("data", "directions")
     ]
     jobs += [_job("mezo", form, folder / f"skip-{form}", zo_nonfinite="skip", infinite_on_rank=1) for form in FORMS]
@@ -64,16 +75,16 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@every_case
-@every_form
+@every_combination
 @pytest.mark.parametrize("parallel", ["data", "directions"])
 def test_two_ranks_equal_one_process(case: str, form: str, parallel: str, two_ranks: Path, tmp_path: Path) -> None:
     """Promise 4: on the pooled batch (data) or on the same batch (directions); only losses cross the wire."""
     single = trainer_of(tmp_path, case, form, per_device_train_batch_size=8 if parallel == "data" else 4, **SAME)
+    start = trained_of(single.model)
     single.train()
     ranks = [_final(two_ranks / f"{parallel}-{case}-{form}", rank) for rank in range(2)]
     assert_same_weights(ranks[0]["weights"], ranks[1]["weights"])
-    distance = relative_distance(weights_of(single.model), ranks[0]["weights"], weights_of(model_of(form)))
+    distance = relative_distance(trained_of(single.model), ranks[0]["weights"], start)
     assert distance < 1e-4 * LOSS_NOISE.get(case, 1.0)
     losses = [[e["loss"] for e in log if "loss" in e] for log in (single.state.log_history, *(r["log"] for r in ranks))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -91,8 +102,7 @@ def test_ranks_skip_together(form: str, two_ranks: Path) -> None:
     assert all(entry["loss"] > 0 for entry in first["log"] if "loss" in entry)
 
 
-@every_case
-@every_form
+@every_combination
 def test_sigkill_at_a_random_moment_and_resume(case: str, form: str, tmp_path: Path) -> None:
     """Promise 5: killed without warning and resumed, the run ends bitwise where the uninterrupted one ends."""
     options: dict[str, Any] = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1}

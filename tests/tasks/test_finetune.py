@@ -195,6 +195,11 @@ def test_bad_data_ends_with_its_place(monkeypatch, capsys, tmp_path):
     [
         ({"head": "seq"}, "sst2", "head='seq' does not exist; choose one of lm, mlm, classification"),
         ({"dtype": "int8"}, "sst2", "dtype='int8' does not exist; choose bfloat16, float32 or float16"),
+        (
+            {"quantization": "int3"},
+            "sst2",
+            "quantization='int3' does not exist; choose 'nf4', 'int8', 'torchao-int8' or 'none'",
+        ),
         ({"peft": "ia3"}, "sst2", "peft='ia3' does not exist; choose 'lora', 'prefix' or 'none'"),
         ({"head": "classification"}, "copa", "copa has no plain text form for head='classification'"),
         ({"head": "classification"}, "squad", "squad has no plain text form for head='classification'"),
