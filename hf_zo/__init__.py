@@ -4,12 +4,16 @@ from ._version import __version__
 from .functional import estimate_gradient
 from .trainer import NonFiniteLossError, ZOTrainer, ZOTrainerMixin
 from .training_args import ZOTrainingArguments
+from .trajectory import Trajectory, TrajectoryError, replay
 
 __all__ = [
     "NonFiniteLossError",
+    "Trajectory",
+    "TrajectoryError",
     "ZOTrainer",
     "ZOTrainerMixin",
     "ZOTrainingArguments",
     "__version__",
     "estimate_gradient",
+    "replay",
 ]

@@ -169,6 +169,29 @@ def check_basis(model: nn.Module) -> None:
         raise ValueError("zo_method='zo_act' trains a LoRA adapter, and this PEFT model has none; pass the base model.")
 
 
+@torch.no_grad()
+def draw_adapter(model: nn.Module, seed: int) -> nn.Module:
+    """Draw the A factors of a LoRA adapter anew, with PEFT's distribution, from keyed noise; returns ``model``.
+
+    A run that starts from them needs to store their key only, not their values (`hf_zo.trajectory`).
+    """
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            p.copy_(adapter_values(adapter_key(seed, name), p))
+    return model
+
+
+def adapter_key(seed: int, name: str) -> int:
+    """Noise key of an adapter's tensor."""
+    return noise.stream_key(seed, 0, 0, "adapter", name)
+
+
+def adapter_values(key: int, like: torch.Tensor) -> torch.Tensor:
+    """Uniform on +-1 / sqrt(d_in), of the shape, dtype and device of ``like``."""
+    u = noise.uniform(key, like.numel(), like.device).view(like.shape)
+    return ((2 * u - 1) / like.shape[-1] ** 0.5).to(like.dtype)
+
+
 @contextmanager
 def packed_weights_kept(model: nn.Module) -> Iterator[None]:
     """Leave 4-bit weights as they are while the model's state dict is taken.

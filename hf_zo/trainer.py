@@ -25,10 +25,11 @@ import torch.distributed
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from .adapters import adapted_layers, attach, basis_of, calibrate, check_basis, freeze_basis, packed_weights_kept
 from .directions import Probe, space_of
@@ -39,6 +40,20 @@ from .precision import fp32_losses
 from .runtimes import TorchRuntime
 from .runtimes.torch import Randomness, evaluation_mode
 from .training_args import Trained, ZOTrainingArguments, recommended
+from .trajectory import (
+    LOG_NAME,
+    SEALED_NAME,
+    Step,
+    Trajectory,
+    TrajectoryError,
+    TrajectoryLog,
+    content_hash,
+    header_of,
+    narrowed,
+    restore_start,
+    verify_start,
+    walk,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +62,9 @@ if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
+
+
+_START_NAME = "trajectory.start.safetensors"
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -96,6 +114,9 @@ class ZOTrainerMixin(_Base):
         self._runtime: TorchRuntime | None = None
         self._last_loss = math.nan
         self._calibrated = False
+        self._resume_from: str | None = None
+        self._log: TrajectoryLog | None = None
+        self._losses: list[float] = []
         self._metrics_of_step: dict[str, float] = {}
         if args.zo_method == "zo_act" and model is not None:
             model = self._with_basis_adapter(model, args)
@@ -229,6 +250,8 @@ class ZOTrainerMixin(_Base):
         model = self.model if model is None else model
         if self.args.zo_method == "zo_act":
             freeze_basis(model)  # resuming has loaded the adapter as trainable
+            if not self._calibrated and (self._resume_from is None or is_weightless(self._resume_from)):
+                self._calibrate()
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Resuming has loaded the weights by now, and PEFT loads a 16-bit adapter as fp32: the values are the same, but the
         # run would go on with other roundings.
@@ -251,6 +274,9 @@ class ZOTrainerMixin(_Base):
         self.optimizer = ZOOptimizer(groups, {p: name for name, p in params.items()}, estimator, inner)
         bases = [basis_of(layer) for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
         self._agree_on_weights([*params.values(), *bases])
+        if self.args.zo_trajectory:
+            self._zo_optimizer.register_step_post_hook(self._record)
+            self._open_log()
         return self.optimizer
 
     def _agree_on_weights(self, params: Iterable[torch.Tensor]) -> None:
@@ -275,15 +301,115 @@ class ZOTrainerMixin(_Base):
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} has no complete checkpoint.")
-        if self.args.zo_method == "zo_act" and not self._calibrated and resume_from_checkpoint is None:
-            self._calibrate()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._resume_from = resume_from_checkpoint or None
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._resume_from = None
+            (Path(str(self.args.output_dir)) / _START_NAME).unlink(missing_ok=True)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's; a quantised base stays what it is."""
-        with packed_weights_kept(self.model):
-            super().save_model(*args, **kwargs)
+    # ---- saving and resuming ---------------------------------------------------------------------------------------
 
+    def _open_log(self) -> None:
+        """Open the log of this run: anew, or with the steps of the checkpoint that is resumed."""
+        optimizer, self._log = self._zo_optimizer, None
+        if not self.args.should_save:
+            return
+        folder = Path(str(self.args.output_dir))
+        if self._resume_from is not None:
+            if not (Path(self._resume_from) / SEALED_NAME).is_file():
+                logger.warning("%s has no trajectory, so this run writes none: it would begin midway.", self._resume_from)
+                return
+            start = Trajectory.read(self._resume_from)
+        elif optimizer.estimator.state or (optimizer.inner is not None and optimizer.inner.state):
+            logger.warning("This run goes on with the state of the one before, so it writes no trajectory.")
+            return
+        else:
+            schedule = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+            header, stored = header_of(self.model, optimizer, self.args.estimator_kwargs(), schedule)
+            start = Trajectory(header, [], stored)
+        self._log = TrajectoryLog(folder / LOG_NAME, start)
+        if not self.args.zo_save_weights and self.args.load_best_model_at_end:
+            # The best checkpoint is walked to from the start, which by then has been trained over.
+            save_file({n: p.detach().clone() for p, n in optimizer.names.items()}, folder / _START_NAME)
+
+    def _record(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Log the step that was just applied."""
+        if self._log is not None:
+            rates = narrowed([float(group["lr"]) for group in optimizer.param_groups])
+            self._log.append(Step(tuple(self._losses), rates, optimizer.last_was_skipped))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's, with the trajectory; a checkpoint without weights if ``zo_save_weights`` is False.
+
+        A quantised base stays what it is.
+        """
+        folder = Path(output_dir or str(self.args.output_dir))
+        if _internal_call and not self.args.zo_save_weights:
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.model.config.save_pretrained(folder)
+                torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        else:
+            with packed_weights_kept(self.model):
+                super().save_model(output_dir, _internal_call)
+        if self._log is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._log.seal(folder / SEALED_NAME, content_hash({n: p for p, n in self._zo_optimizer.names.items()}))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The Trainer's; beside a trajectory that replaces weights the schedule alone."""
+        if self.args.zo_save_weights:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The Trainer's; a checkpoint without weights is replayed once the optimizer exists."""
+        if not is_weightless(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's; a checkpoint without weights is walked to from the base model."""
+        if checkpoint is None or not is_weightless(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        trajectory = Trajectory.read(checkpoint)
+        self._walk_from_start(trajectory, verified=True)
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        for group, lr in zip(self._zo_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+
+    def _walk_from_start(self, trajectory: Trajectory, verified: bool) -> None:
+        optimizer = self._zo_optimizer
+        params = {name: p for p, name in optimizer.names.items()}
+        restore_start(params, trajectory)
+        if verified:
+            verify_start(self.model, params, trajectory)
+        log = self._log
+        self._log = None  # these steps are in it
+        walk(optimizer, trajectory)
+        self._log = log
+        if content_hash(params) != trajectory.header["final_hash"]:
+            raise TrajectoryError("Replaying the checkpoint's trajectory did not end at its weights (content hash).")
+
+    def _load_best_model(self) -> None:
+        """The Trainer's; the best checkpoint without weights is walked to from the start of the run."""
+        best = self.state.best_model_checkpoint
+        if best is None or not is_weightless(best):
+            super()._load_best_model()
+            return
+        logger.info("Replaying the best checkpoint, %s.", best)
+        optimizer = self._zo_optimizer
+        start = load_file(Path(str(self.args.output_dir)) / _START_NAME)
+        with torch.no_grad():
+            for p, name in optimizer.names.items():
+                p.copy_(start[name])
+        optimizer.reset()
+        self._walk_from_start(Trajectory.read(best), verified=False)
+
+    # ---- the step ----
     # ---- the step --------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -302,13 +428,16 @@ class ZOTrainerMixin(_Base):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         window, self._window = self._window, []
+        if self._log is not None and len(self._log.trajectory.steps) != self.state.global_step:
+            self._open_log()  # the loop began anew: train() again, or a retry with smaller batches
         optimizer = self._zo_optimizer
-        measured = 0
+        losses_of_step: list[float] = []
+        self._losses = losses_of_step
 
         def oracle(probes: Sequence[Probe]) -> list[float]:
-            nonlocal measured
-            measured += len(probes)
-            return self._finite(self._measure(model, probes, window, num_items_in_batch))
+            losses = self._measure(model, probes, window, num_items_in_batch)
+            losses_of_step.extend(losses)
+            return self._finite(losses)
 
         try:
             with torch.no_grad(), evaluation_mode(self.model):
@@ -317,9 +446,9 @@ class ZOTrainerMixin(_Base):
             if self.args.zo_nonfinite == "raise":
                 raise
             logger.warning("Step %d is skipped: %s", self.state.global_step, error)
-            optimizer.stage(None, measured)
+            optimizer.stage(None, len(self._losses))
         else:
-            optimizer.stage(estimate, measured)
+            optimizer.stage(estimate, len(self._losses))
             self._last_loss = estimate.loss
             self._metrics_of_step = {
                 "zo/projected_gradient": estimate.projected_gradients[-1],
@@ -452,6 +581,13 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         else:
             return str(folder)
     return None
+
+
+def is_weightless(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint holds a trajectory and no weights."""
+    folder = Path(checkpoint)
+    weights = ("*model*.safetensors", "*model*.bin", "*model*.json")
+    return (folder / SEALED_NAME).is_file() and not any(any(folder.glob(pattern)) for pattern in weights)
 
 
 def trained_kind(model: nn.Module) -> Trained:

@@ -79,6 +79,11 @@ class ZOTrainingArguments(TrainingArguments):
             `hf_zo.objectives`. Scores are step functions of the weights: use a large `zo_eps` and large batches.
         zo_restore (`str`, defaults to `"auto"`):
             How the weights survive the probes: `"copy"`, `"transient"` or `"in_place"`, see `hf_zo.runtimes.torch`.
+        zo_trajectory (`bool`, defaults to `True`):
+            Log the losses of every step (`hf_zo.trajectory`) in the output folder, and seal the log in every checkpoint.
+        zo_save_weights (`bool`, defaults to `True`):
+            `False` makes checkpoints of a few kilobytes: they hold the trajectory, and resuming replays it from the base model.
+            `save_model` at the end still writes the weights.
         zo_parallel (`str`, defaults to `"data"`):
             Work of several processes: `"data"` measures all probes on different data, `"directions"` shares the probes out
             over processes that see the same data. Either way only losses are exchanged.
@@ -128,6 +133,10 @@ class ZOTrainingArguments(TrainingArguments):
     zo_nonfinite: str = field(default="raise", metadata={"help": "On a non-finite loss: 'raise' or 'skip'."})
     zo_objective: str = field(default="loss", metadata={"help": "What a probe measures: 'loss', 'accuracy', 'f1'."})
     zo_restore: Restore = field(default="auto", metadata={"help": "'auto', 'copy', 'transient' or 'in_place'."})
+    zo_trajectory: bool = field(default=True, metadata={"help": "Write trajectory.safetensors beside the checkpoints."})
+    zo_save_weights: bool = field(
+        default=True, metadata={"help": "False: checkpoints hold the trajectory instead of weights and optimizer state."}
+    )
     zo_parallel: str = field(default="data", metadata={"help": "Over processes: 'data' or 'directions'."})
 
     lozo_rank: int = field(default=2, metadata={"help": "Rank of the perturbation."})
@@ -191,6 +200,8 @@ class ZOTrainingArguments(TrainingArguments):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} does not exist; choose one of {', '.join(allowed)}.")
+        if not self.zo_save_weights and not self.zo_trajectory:
+            raise ValueError("zo_save_weights=False keeps the trajectory instead of weights; leave zo_trajectory at True.")
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate} must be a finite number, not negative.")
         for name in ("zo_act_rank", "zo_act_samples"):

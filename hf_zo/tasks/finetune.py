@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from ..adapters import draw_adapter
 from ..trainer import ZOTrainer
 from ..training_args import ZOTrainingArguments
 from .data import load_rows
@@ -84,8 +85,8 @@ class _GeneratingTrainer(GenerateToEvaluate, ZOTrainer):
     """Evaluates by greedy answers."""
 
 
-def load_model(arguments: ModelArguments, task: Task) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Model with its adapter, and tokenizer.
+def load_model(arguments: ModelArguments, task: Task, seed: int = 0) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Model with its adapter, drawn by ``seed``, and tokenizer.
 
     Raises:
         ValueError: for an unknown ``head``, ``peft``, ``dtype`` or ``quantization``.
@@ -132,7 +133,7 @@ def load_model(arguments: ModelArguments, task: Task) -> tuple[nn.Module, PreTra
         config = PrefixTuningConfig(num_virtual_tokens=arguments.num_virtual_tokens, task_type=task_type)
     else:
         raise ValueError(f"peft={arguments.peft!r} does not exist; choose 'lora', 'prefix' or 'none'.")
-    return get_peft_model(model, config), tokenizer
+    return draw_adapter(get_peft_model(model, config), seed), tokenizer
 
 
 def _quantization(arguments: ModelArguments) -> Any:
@@ -198,7 +199,7 @@ def build_trainer(model_arguments: ModelArguments, data: DataArguments, training
     eval_wanted = training.do_eval or training.eval_strategy != "no"
     eval_rows = load_rows(task, "validation", data.dataset_dir, data.max_eval_samples, seed) if eval_wanted else []
 
-    model, tokenizer = load_model(model_arguments, task)
+    model, tokenizer = load_model(model_arguments, task, int(training.zo_seed or 0))
     limit = _context_length(model, tokenizer, task)
     form: Form = "answers" if task.options is None else {"lm": "options", "mlm": "mask"}.get(model_arguments.head, "classes")  # type: ignore[assignment]
     train_set = _encode(task, "training", train_rows, tokenizer, data, form, limit)

@@ -21,6 +21,7 @@ from support import (
     FORMS,
     LOSS_NOISE,
     Recorder,
+    Sentences,
     assert_same_weights,
     digest,
     model_of,
@@ -31,7 +32,8 @@ from support import (
     weights_of,
 )
 
-from hf_zo import NonFiniteLossError
+from hf_zo import NonFiniteLossError, Trajectory, replay
+from hf_zo.adapters import adapted_layers, basis_of
 from hf_zo.directions import displace, space_of
 from hf_zo.estimators import METHODS
 from hf_zo.optimizer import ZOOptimizer
@@ -266,3 +268,64 @@ def test_the_matrix_trains_what_it_says() -> None:
     names = [name for name, p in model_of("lora").named_parameters() if p.requires_grad]
     assert names
     assert all("lora_" in name for name in names)
+
+
+@every_combination
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_replay_is_bitwise(case: str, form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Promise 6: base model + trajectory = final weights, for every method and optimizer; also from the torn-off log."""
+    trainer = trainer_of(tmp_path / "run", case, form, dtype, max_steps=7, warmup_steps=2, save_strategy="no")
+    trainer.train()
+    trainer.save_model()
+    for source in ("trajectory.safetensors", "trajectory.log"):
+        trajectory = Trajectory.read(tmp_path / "run" / source)
+        assert len(trajectory.steps) == 7
+        again = trainer_of(tmp_path / "again", case, form, dtype).model
+        if case == "zo_act":  # the basis comes with the adapter
+            for (_, mine), (_, theirs) in zip(adapted_layers(again), adapted_layers(trainer.model), strict=True):
+                basis_of(mine).data.copy_(basis_of(theirs))
+        replay(again, trajectory)
+        assert_same_weights(weights_of(trainer.model), weights_of(again))
+
+
+@every_combination
+def test_resume_from_a_checkpoint_without_weights(case: str, form: str, tmp_path: Path) -> None:
+    """Promises 5 and 6 together: checkpoints hold the trajectory alone, and the run ends where it would have."""
+    options: dict[str, Any] = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "warmup_steps": 1,
+    }
+    more: dict[str, Any] = {"trainer_kwargs": {"eval_dataset": Sentences(8, seed=1)}}
+    whole = trainer_of(tmp_path / "whole", case, form, torch.bfloat16, **options, **more)
+    whole.train()
+    light = trainer_of(tmp_path / "light", case, form, torch.bfloat16, zo_save_weights=False, **options, **more)
+    light.train()
+    assert_same_weights(weights_of(whole.model), weights_of(light.model))  # of the best checkpoint
+    checkpoint = tmp_path / "light" / "checkpoint-4"
+    assert not list(checkpoint.glob("*model*")) + list(checkpoint.glob("optimizer*"))
+    resumed = trainer_of(tmp_path / "light", case, form, torch.bfloat16, zo_save_weights=False, **options, **more)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+    whole_log, resumed_log = (Trajectory.read(tmp_path / run / "trajectory.log").steps for run in ("whole", "light"))
+    assert whole_log == resumed_log
+    assert not (tmp_path / "light" / "trajectory.start.safetensors").exists()
+
+
+@every_case
+def test_bytes_of_a_step(case: str, tmp_path: Path) -> None:
+    """At most 64 bytes a step in the log for every method at its defaults, and no more in the sealed file."""
+    trainer = trainer_of(tmp_path, case, max_steps=3)
+    trainer.train()
+    trainer.save_model()
+    log = (tmp_path / "trajectory.log").stat().st_size
+    sealed = (tmp_path / "trajectory.safetensors").stat().st_size
+    extra = trainer_of(tmp_path, case, max_steps=23)
+    extra.train()
+    extra.save_model()
+    assert ((tmp_path / "trajectory.log").stat().st_size - log) / 20 <= (64 if case in METHODS else 96)
+    assert ((tmp_path / "trajectory.safetensors").stat().st_size - sealed) / 20 <= (64 if case in METHODS else 96)
