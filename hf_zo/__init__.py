@@ -2,12 +2,15 @@
 
 from ._version import __version__
 from .functional import estimate_gradient
+from .hub import ModelCardCallback, PushToHubCallback
 from .trainer import NonFiniteLossError, ZOTrainer, ZOTrainerMixin
 from .training_args import ZOTrainingArguments
 from .trajectory import Trajectory, TrajectoryError, replay
 
 __all__ = [
+    "ModelCardCallback",
     "NonFiniteLossError",
+    "PushToHubCallback",
     "Trajectory",
     "TrajectoryError",
     "ZOTrainer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from rich.table import Table
 
 from ._version import __version__
 from .estimators import METHODS
+from .hub.callbacks import push_folder
+from .hub.model_card import FACTS_NAME, write_card
 from .training_args import ZOTrainingArguments
 from .trajectory import Trajectory, TrajectoryError, projected_gradients, replay
 
@@ -105,6 +108,42 @@ def _read(file: Path, torn: bool = False) -> Trajectory:
         return Trajectory.read(file, cut_torn_end=torn)
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def push(folder: Path, repo_id: str, private: bool) -> None:
+    """Upload a run's folder.
+
+    Raises:
+        UsageError: if the folder has nothing to share, or the Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        raise UsageError(f"{folder} holds neither weights nor an adapter nor a trajectory.")
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        push_folder(api, folder, repo_id, "Upload with hf-zo")
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        raise UsageError(f"{folder} could not be pushed to {repo_id}: {error}") from error
+    print(f"{folder} pushed to {api.endpoint}/{repo_id}")
+
+
+def card(folder: Path) -> None:
+    """Write the card of a finished run again from its facts.
+
+    Raises:
+        UsageError: if the run left none.
+    """
+    try:
+        facts = json.loads((folder / FACTS_NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{folder} has no readable {FACTS_NAME}, which ModelCardCallback and `trainer.create_model_card()` write: {error}"
+        ) from error
+    write_card(facts, folder)
+    print(folder / "README.md")
 
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -211,6 +250,12 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--until", type=int, help="stop after this many steps; reads a torn log up to its last good step")
     again.add_argument("--approximate", action="store_true", help="allow a dtype or device that rounds differently")
     again.add_argument("--adapter", type=Path, help="folder with a zo_act run's adapter; default: beside the trajectory")
+    write = commands.add_parser("card", help="write the model card of a finished run again")
+    write.add_argument("run_dir", type=Path)
+    upload = commands.add_parser("push", help="upload a finished run to the Hub")
+    upload.add_argument("run_dir", type=Path)
+    upload.add_argument("repo_id")
+    upload.add_argument("--private", action="store_true")
     runs = commands.add_parser("trajectory", help="look at trajectories").add_subparsers(dest="look", required=True)
     show = runs.add_parser("show", help="what a trajectory holds")
     show.add_argument("file", type=Path)
@@ -238,6 +283,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 arguments.approximate,
                 arguments.adapter,
             )
+        elif arguments.command == "card":
+            card(arguments.run_dir)
+        elif arguments.command == "push":
+            push(arguments.run_dir, arguments.repo_id, arguments.private)
         elif arguments.look == "show":
             show_trajectory(arguments.file, arguments.plot)
         else:

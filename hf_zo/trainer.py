@@ -34,6 +34,8 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from .adapters import adapted_layers, attach, basis_of, calibrate, check_basis, freeze_basis, packed_weights_kept
 from .directions import Probe, space_of
 from .estimators import METHODS, Estimator
+from .hub.callbacks import ZOTrainerCallback, card_of
+from .hub.model_card import FACTS_NAME, write_card
 from .objectives import OBJECTIVES, example_count, label_count
 from .optimizer import ZOOptimizer
 from .precision import fp32_losses
@@ -145,7 +147,7 @@ class ZOTrainerMixin(_Base):
 
     def _calibrate(self) -> None:
         """Make ZO-Act's basis from training rows, the same on every process, and leave all random states alone."""
-        rows = self._calibration_rows()
+        rows = self._calibration_rows(self.args.zo_act_samples)
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         size = self.args.per_device_train_batch_size
         batches = [self._prepare_inputs(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
@@ -172,14 +174,14 @@ class ZOTrainerMixin(_Base):
             100 * shares[0],
         )
 
-    def _calibration_rows(self) -> list[Any]:
-        """``zo_act_samples`` training rows: evenly spread where the data set has a length, else the first."""
+    def _calibration_rows(self, wanted: int) -> list[Any]:
+        """``wanted`` training rows: evenly spread where the data set has a length, else the first."""
         data: Any = self.train_dataset
         if data is None:
-            raise ValueError("zo_method='zo_act' makes its basis from training rows: the trainer needs a train_dataset.")
+            raise ValueError("The trainer needs a train_dataset: zo_method='zo_act' makes its basis from training rows.")
         if not hasattr(data, "__len__"):
-            return list(itertools.islice(iter(data), self.args.zo_act_samples))
-        count = min(self.args.zo_act_samples, len(data))
+            return list(itertools.islice(iter(data), wanted))
+        count = min(wanted, len(data))
         return [data[i * len(data) // count] for i in range(count)]
 
     def _check_model(self, model: nn.Module) -> None:
@@ -302,6 +304,9 @@ class ZOTrainerMixin(_Base):
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} has no complete checkpoint.")
         self._resume_from = resume_from_checkpoint or None
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ZOTrainerCallback):
+                callback.trainer = self
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -356,6 +361,8 @@ class ZOTrainerMixin(_Base):
         if self._log is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self._log.seal(folder / SEALED_NAME, content_hash({n: p for p, n in self._zo_optimizer.names.items()}))
+        if self.args.should_save and (folder / FACTS_NAME).is_file():  # PEFT has just written a card of its own over ours
+            write_card(json.loads((folder / FACTS_NAME).read_text()), folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The Trainer's; beside a trajectory that replaces weights the schedule alone."""
@@ -539,6 +546,23 @@ class ZOTrainerMixin(_Base):
                     "zo_nonfinite='skip'."
                 )
         return losses
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """A card that tells of this run (`hf_zo.hub`), instead of the Trainer's, which would name a first-order optimizer.
+
+        Args:
+            *args: the Trainer's, without effect.
+            **kwargs: the Trainer's; ``license``, ``model_name``, ``dataset_tags`` (the data set's id on the Hub) and
+                ``dataset`` (its name) are used.
+        """
+        if self.is_world_process_zero() and isinstance(getattr(self.optimizer, "optimizer", self.optimizer), ZOOptimizer):
+            told = {
+                "license": kwargs.get("license"),
+                "model_name": kwargs.get("model_name"),
+                "dataset": kwargs.get("dataset_tags"),
+                "dataset_name": kwargs.get("dataset"),
+            }
+            card_of(self).write(str(self.args.output_dir), **{k: v for k, v in told.items() if isinstance(v, str)})
 
     # ---- reports ---------------------------------------------------------------------------------------------------
 

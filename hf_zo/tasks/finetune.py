@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ..adapters import draw_adapter
+from ..hub import ModelCardCallback
 from ..trainer import ZOTrainer
 from ..training_args import ZOTrainingArguments
 from .data import load_rows
@@ -223,9 +224,15 @@ def build_trainer(model_arguments: ModelArguments, data: DataArguments, training
         train_dataset=train_set if training.do_train else None,
         eval_dataset=eval_set if eval_wanted else None,
         processing_class=tokenizer,
+        callbacks=[_card(task)] if training.do_train else None,
         compute_metrics=metrics_for(task, eval_rows, tokenizer),
         **hooks,
     )
+
+
+def _card(task: Task) -> ModelCardCallback:
+    kind = "text-classification" if task.options is not None else "question-answering"
+    return ModelCardCallback(dataset=task.dataset, dataset_name=f"{task.family} {task.name}", task_type=kind)
 
 
 def run_trainer(trainer: ZOTrainer) -> dict[str, Any]:
@@ -247,6 +254,8 @@ def run_trainer(trainer: ZOTrainer) -> dict[str, Any]:
         metrics |= {"eval_samples": len(eval_set), "eval_shortened": eval_set.shortened}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    if training.do_train:
+        trainer.create_model_card()  # again, with the evaluation
     return metrics
 
 

@@ -1,0 +1,113 @@
+"""Model cards: only what was measured, valid metadata, and nothing that a first-order run would say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from support import COMBINATIONS, Sentences, collate, tiny_llama, trainer_of
+
+from hf_zo import ModelCardCallback, ZOTrainer, cli
+from hf_zo.estimators import METHODS
+from hf_zo.hub.model_card import _BIBTEX, FACTS_NAME, FIGURE_NAME
+
+ABOUT = {"dataset": "user/data", "dataset_name": "Data", "task_type": "text-classification"}
+
+
+def finished(folder: Path, case: str, form: str = "full", **more: Any) -> Any:
+    options: dict[str, Any] = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3, **more}
+    kwargs = {"callbacks": [ModelCardCallback(**ABOUT)], "eval_dataset": Sentences(8, 1)}
+    trainer = trainer_of(folder, case, form, trainer_kwargs=kwargs, **options)
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@pytest.mark.parametrize(("case", "form"), [c for c in COMBINATIONS if c[0] in (*METHODS, "mezo-adamw")])
+def test_a_card_tells_the_truth(case: str, form: str, tmp_path: Path) -> None:
+    """Promise 10."""
+    trainer = finished(tmp_path, case, form)
+    text = (tmp_path / "README.md").read_text()
+    assert "adamw" not in text.lower()
+    assert "backward pass" in text
+    history = trainer.state.log_history
+    forwards = [e["zo/forward_passes"] for e in history if "zo/forward_passes" in e][-1]
+    evaluated = [e["eval_loss"] for e in history if "eval_loss" in e][-1]
+    assert f"| forward passes of a batch | {forwards} |" in text
+    assert f"| loss | {evaluated:.4g} |" in text
+    assert f"| learning rate | {trainer.args.learning_rate:g} |" in text
+    assert f"| eps | {trainer.args.zo_eps:g} |" in text
+    assert "| steps | 6 |" in text
+    assert "peak memory of a step" in text
+    assert _BIBTEX[trainer.args.zo_method][2] in text
+    assert str(tmp_path) not in text
+    assert (tmp_path / FIGURE_NAME).read_bytes().startswith(b"\x89PNG")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.library_name == ("peft" if form == "lora" or case == "zo_act" else "transformers")
+    assert {"zeroth-order", "forward-only", trainer.args.zo_method} <= set(data.tags)
+    assert data.datasets == ["user/data"]
+    (result,) = data.eval_results
+    assert (result.metric_type, result.dataset_name) == ("loss", "Data")
+    assert result.metric_value == evaluated
+
+
+def test_every_method_has_its_reference() -> None:
+    assert set(_BIBTEX) == set(METHODS)
+    for name, (_, _, arxiv, _) in _BIBTEX.items():
+        assert METHODS[name].paper == f"arXiv {arxiv}"
+
+
+def test_the_licence_is_the_base_models(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    for license_, expected in (("cc-by-4.0", "cc-by-4.0"), (None, None)):
+        header = yaml.safe_dump({"license": license_} if license_ else {"language": "en"})
+        (tmp_path / "base" / "README.md").write_text(f"---\n{header}---\n# Base\n")
+        model = tiny_llama().from_pretrained(tmp_path / "base")
+        args = trainer_of(tmp_path / "out", "mezo").args
+        trainer = ZOTrainer(
+            model, args, train_dataset=Sentences(), data_collator=collate, callbacks=[ModelCardCallback(model_name="user/fine")]
+        )
+        trainer.train()
+        card = ModelCard.load(tmp_path / "out" / "README.md")
+        assert card.data.license == expected
+        assert "`base` fine-tuned" in card.text
+        assert 'from_pretrained("user/fine")' in card.text
+
+
+def test_nothing_is_claimed_that_was_not_measured(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "mezo")
+    trainer.train()
+    trainer.create_model_card(dataset_tags="user/data")
+    text = (tmp_path / "README.md").read_text()
+    assert "Results" not in text
+    assert "memory" not in text
+    assert "Not evaluated" in text
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
+
+
+def test_the_card_command_writes_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(tmp_path, "kerzoo")
+    before = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").unlink()
+    assert cli.main(["card", str(tmp_path)]) == 0
+    assert (tmp_path / "README.md").read_text() == before
+    assert "## Replay" in before
+    assert (tmp_path / FACTS_NAME).is_file()
+
+
+def test_the_cards_replay_command_works(tmp_path: Path) -> None:
+    """The command that the card shows, run as it stands, in the run's folder."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = tiny_llama().from_pretrained(tmp_path / "base")
+    args = trainer_of(tmp_path / "out", "mezo").args
+    trainer = ZOTrainer(model, args, train_dataset=Sentences(), data_collator=collate, callbacks=[ModelCardCallback()])
+    trainer.train()
+    trainer.save_model()
+    text = (tmp_path / "out" / "README.md").read_text()
+    command = next(line for line in text.splitlines() if line.startswith("hf-zo replay")).split()
+    assert command[1:] == ["replay", "base", "trajectory.safetensors", "-o", "rebuilt"]
+    command = ["replay", str(tmp_path / "base"), str(tmp_path / "out" / command[3]), "-o", str(tmp_path / "rebuilt")]
+    assert cli.main(command) == 0
