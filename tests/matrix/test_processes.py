@@ -7,12 +7,14 @@ one process, the uninterrupted run, the resumed run) happens here.
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,23 +104,38 @@ def test_ranks_skip_together(form: str, two_ranks: Path) -> None:
     assert all(entry["loss"] > 0 for entry in first["log"] if "loss" in entry)
 
 
+@pytest.fixture(scope="module")
+def forking() -> Iterator[Any]:
+    """A process that has everything imported and forks for each job."""
+    with subprocess.Popen(
+        [sys.executable, WORKER, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
 @every_combination
-def test_sigkill_at_a_random_moment_and_resume(case: str, form: str, tmp_path: Path) -> None:
+def test_sigkill_at_a_random_moment_and_resume(case: str, form: str, forking: Any, tmp_path: Path) -> None:
     """Promise 5: killed without warning and resumed, the run ends bitwise where the uninterrupted one ends."""
     options: dict[str, Any] = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1}
     whole = trainer_of(tmp_path / "whole", case, form, torch.bfloat16, **options)
     whole.train()
     chance = random.Random(f"{case} {form}")
     deadly_step, delay = chance.randint(1, 10), chance.uniform(0, 0.05)
-    jobs = _jobs(tmp_path, [_job(case, form, tmp_path / "killed", dtype="bfloat16", **options)])
-    with subprocess.Popen([sys.executable, WORKER, jobs], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip() == f"step {deadly_step}":
-                time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
+    job = _job(case, form, tmp_path / "killed", dtype="bfloat16", **options)
+    print(json.dumps(job), file=forking.stdin, flush=True)
+    pid = 0
+    for line in forking.stdout:
+        word, _, value = line.strip().partition(" ")
+        if word == "pid":
+            pid = int(value)
+        elif word == "step" and int(value) == deadly_step:
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+        elif word == "ended":
+            assert int(value) == signal.SIGKILL
+            break
     assert not (tmp_path / "killed" / "final-0.pt").exists()
     resumed = trainer_of(tmp_path / "killed", case, form, torch.bfloat16, **options)
     # Killed in the first save there may be nothing complete to resume from: then the run starts anew.

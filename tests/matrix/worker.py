@@ -1,6 +1,7 @@
 """Training runs in a process of its own, to be killed, or to be one of several ranks.
 
     worker.py JOBS.json
+    worker.py --serve
 
 JOBS is a list of ``{"case", "form", "output_dir", "options"}``, run one after the other. Prints ``step N`` at the end of every
 step and saves, per job and rank, ``final-RANK.pt`` with the final weights and the number of bytes that all-reduce carried.
@@ -70,7 +71,25 @@ def run(case: str, form: str, output_dir: str, options: dict[str, Any]) -> None:
     )
 
 
+def serve() -> None:
+    """Run jobs from standard input, each in a forked process: importing everything once takes longer than a job.
+
+    Prints ``pid N`` before a job and ``ended STATUS`` after it.
+    """
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            print(f"pid {os.getpid()}", flush=True)
+            run(**json.loads(line))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print(f"ended {status}", flush=True)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        serve()
+        sys.exit()
     count_all_reduce()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(**job)
