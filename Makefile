@@ -3,13 +3,18 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test quality clean
+.PHONY: demo test quality replay-cards clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: quality
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
+
+# Rebuilds a reference run from base model and trajectory. DATASET_DIR: a local copy of SST-2; default: the Hub's.
+replay-cards: $(VENV)/.installed
+	test -d runs/smollm2 || $(BIN)/hf-zo demo-model runs/smollm2
+	$(BIN)/python model_cards/replay.py --model runs/smollm2 $(if $(DATASET_DIR),--dataset_dir $(DATASET_DIR))
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -32,9 +32,9 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-FORWARDS = 6000
+FORWARDS = 3000
 SEEDS = range(5)
-RATES = [10 ** (k / 4) for k in range(-14, 3)]
+RATES = [10 ** (k / 4) for k in range(-13, 2)]
 NOISE = {"exact": (0.0, 1e-3), "noisy": (2e-3, 1e-2)}  # deviation of a loss, smoothing radius
 POINTS = 60  # of a curve
 

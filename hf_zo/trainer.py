@@ -415,6 +415,7 @@ class ZOTrainerMixin(_Base):
                 p.copy_(start[name])
         optimizer.reset()
         self._walk_from_start(Trajectory.read(best), verified=False)
+        self.accelerator.wait_for_everyone()  # before the start is deleted
 
     # ---- the step ----
     # ---- the step --------------------------------------------------------------------------------------------------

@@ -285,13 +285,15 @@ def header_of(
     by_group = [[index[optimizer.names[p]] for p in group["params"]] for group in optimizer.param_groups]
     estimator, config = optimizer.estimator, getattr(model, "config", None)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = getattr(config, "_name_or_path", "") or ""
     floating = [p.dtype for p in base.parameters() if p.is_floating_point()]
     header = {
         "format": FORMAT,
         "hf_zo": __version__,
         "torch": torch.__version__,
         "base": {
-            "name": getattr(config, "_name_or_path", "") or getattr(config, "name_or_path", ""),
+            # A path of this machine means nothing elsewhere: of a folder, its name.
+            "name": Path(name).name if name and Path(name).exists() else name,
             "revision": getattr(config, "_commit_hash", None),
             "class": type(base).__name__,
             "dtype": str(floating[0]).removeprefix("torch."),

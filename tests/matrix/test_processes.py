@@ -33,6 +33,9 @@ from support import (
     weights_of,
 )
 
+from hf_zo import Trajectory
+from hf_zo.trajectory import LOG_NAME
+
 WORKER = str(Path(__file__).parent / "worker.py")
 STEPS = 4
 SAME = {"max_steps": STEPS, "learning_rate": 1e-3, "zo_eps": 0.5}
@@ -137,6 +140,9 @@ def test_sigkill_at_a_random_moment_and_resume(case: str, form: str, forking: An
             assert int(value) == signal.SIGKILL
             break
     assert not (tmp_path / "killed" / "final-0.pt").exists()
+    # A record is written with the step it belongs to: the kill loses at most the one in flight.
+    logged = Trajectory.read(tmp_path / "killed" / LOG_NAME, cut_torn_end=True).steps
+    assert deadly_step <= len(logged) <= options["max_steps"]
     resumed = trainer_of(tmp_path / "killed", case, form, torch.bfloat16, **options)
     # Killed in the first save there may be nothing complete to resume from: then the run starts anew.
     complete = any((tmp_path / "killed").glob("checkpoint-*/trainer_state.json"))

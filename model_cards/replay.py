@@ -1,0 +1,46 @@
+"""Rebuild a reference run from its base model and its trajectory, and check the accuracy that its card reports.
+
+    python model_cards/replay.py --model MODEL [--dataset_dir SST2] [--card sst2-mezo-full]
+
+Exits with 1 if the accuracy differs: the weights are the run's, bit for bit, so it may not differ at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from hf_zo.cli import main as hf_zo
+
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    """Replay, evaluate, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset_dir")
+    parser.add_argument("--card", default="sst2-mezo-full")
+    arguments = parser.parse_args()
+    data = ["--dataset_dir", arguments.dataset_dir] if arguments.dataset_dir else []
+    reported = json.loads((HERE / arguments.card / "run_facts.json").read_text())["results"]["accuracy"]
+    with tempfile.TemporaryDirectory() as scratch:
+        if code := hf_zo(["replay", arguments.model, str(HERE / arguments.card), "-o", f"{scratch}/model"]):
+            return code
+        command = [
+            *(sys.executable, str(HERE.parent / "examples" / "run_glue.py"), "--model_name_or_path", f"{scratch}/model"),
+            *("--task_name", "sst2", *data, "--packing", "--do_eval", "--per_device_eval_batch_size", "32"),
+            *("--output_dir", f"{scratch}/out", "--report_to", "none"),
+        ]
+        subprocess.run(command, check=True)
+        found = json.loads(Path(f"{scratch}/out/eval_results.json").read_text())["eval_accuracy"]
+    print(f"{arguments.card}: the card says {reported:.4f}, the rebuilt model {found:.4f}")
+    return 0 if found == reported else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
