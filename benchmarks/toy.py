@@ -5,8 +5,8 @@
 An anisotropic quadratic (d = 200 in 10 blocks, curvatures from 0.01 to 1) and a logistic regression (10 classes, 20 features of
 decaying scale, 400 examples), with exact losses and with noise of 2e-3 on every loss. The grid is relative: a rate is divided
 by the scale that the method reports for its estimate, so that every method sees the same effective rates. ZO-Act needs a linear
-layer with inputs, so it runs on the second problem only. Writes benchmarks/results/toy.json and toy.png; about half an hour on
-one core.
+layer with inputs, so it runs on the second problem only. Writes benchmarks/results/toy.json and toy.png; less than an
+hour on one core.
 """
 
 from __future__ import annotations

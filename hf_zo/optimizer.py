@@ -8,6 +8,8 @@ ever formed. With an inner optimizer (Adam and the like) ``.grad`` is filled fir
 
 Weights in bf16 and fp16 are rounded stochastically, with bits keyed like the noise, because an update of 1e-6 is far below
 one ulp of a typical weight: rounding to nearest would keep 3 % of it, stochastic rounding keeps all of it in expectation.
+What it adds is variance, |update| * ulp per weight and step. That falls with the learning rate only as fast as the update
+itself, so smaller steps do not average it out; averaging several directions into one update does.
 """
 
 from __future__ import annotations
