@@ -60,6 +60,11 @@ class ZOOptimizer(torch.optim.Optimizer):
             for group in inner.param_groups:
                 group["params"] = [self._shadow(p) for p in group["params"]]
 
+    @property
+    def params(self) -> dict[str, torch.Tensor]:
+        """The parameters by canonical name."""
+        return {name: p for p, name in self.names.items()}
+
     def _shadow(self, p: torch.Tensor) -> torch.Tensor:
         if p.dtype not in (torch.bfloat16, torch.float16):
             return p

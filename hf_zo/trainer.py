@@ -147,34 +147,38 @@ class ZOTrainerMixin(_Base):
 
     def _calibrate(self) -> None:
         """Make ZO-Act's basis from training rows, the same on every process, and leave all random states alone."""
-        rows = self._calibration_rows(self.args.zo_act_samples)
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        size = self.args.per_device_train_batch_size
-        batches = [self._prepare_inputs(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
-
-        def forward(inputs: Mapping[str, Any]) -> None:
-            with self.compute_loss_context_manager():
-                self.compute_loss(self.model, dict(inputs))
-
+        batches = self.training_batches(self.args.zo_act_samples)
         with evaluation_mode(self.model), Randomness(self.model.parameters()):
             captured = calibrate(
                 self.model,
                 batches,
-                forward,
+                self.plain_forward,
                 seed=int(self.args.zo_seed or 0),
                 exclude_first_token=self.args.zo_act_exclude_first_token,
             )
         self._calibrated = True
         shares = sorted(captured.values())
         logger.info(
-            "ZO-Act: bases of %d layers from %d sequences keep %.0f %% of their inputs' energy (median; least %.0f %%).",
+            "ZO-Act: bases of %d layers from %d batches keep %.0f %% of their inputs' energy (median; least %.0f %%).",
             len(shares),
-            len(rows),
+            len(batches),
             100 * shares[len(shares) // 2],
             100 * shares[0],
         )
 
-    def _calibration_rows(self, wanted: int) -> list[Any]:
+    def training_batches(self, wanted: int) -> list[dict[str, Any]]:
+        """``wanted`` training rows, collated and on the device, in batches of the training's size."""
+        rows = self._training_rows(wanted)
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        size = self.args.per_device_train_batch_size
+        return [self._prepare_inputs(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
+
+    def plain_forward(self, inputs: Mapping[str, Any]) -> None:
+        """One forward pass as training makes it, under the weights as they stand."""
+        with self.compute_loss_context_manager():
+            self.compute_loss(self.model, dict(inputs))
+
+    def _training_rows(self, wanted: int) -> list[Any]:
         """``wanted`` training rows: evenly spread where the data set has a length, else the first."""
         data: Any = self.train_dataset
         if data is None:
@@ -336,7 +340,7 @@ class ZOTrainerMixin(_Base):
         self._log = TrajectoryLog(folder / LOG_NAME, start)
         if not self.args.zo_save_weights and self.args.load_best_model_at_end:
             # The best checkpoint is walked to from the start, which by then has been trained over.
-            save_file({n: p.detach().clone() for p, n in optimizer.names.items()}, folder / _START_NAME)
+            save_file({name: p.detach().clone() for name, p in optimizer.params.items()}, folder / _START_NAME)
 
     def _record(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Log the step that was just applied."""
@@ -360,7 +364,7 @@ class ZOTrainerMixin(_Base):
                 super().save_model(output_dir, _internal_call)
         if self._log is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._log.seal(folder / SEALED_NAME, content_hash({n: p for p, n in self._zo_optimizer.names.items()}))
+            self._log.seal(folder / SEALED_NAME, content_hash(self._zo_optimizer.params))
         if self.args.should_save and (folder / FACTS_NAME).is_file():  # PEFT has just written a card of its own over ours
             write_card(json.loads((folder / FACTS_NAME).read_text()), folder)
 
@@ -390,7 +394,7 @@ class ZOTrainerMixin(_Base):
 
     def _walk_from_start(self, trajectory: Trajectory, verified: bool) -> None:
         optimizer = self._zo_optimizer
-        params = {name: p for p, name in optimizer.names.items()}
+        params = optimizer.params
         restore_start(params, trajectory)
         if verified:
             verify_start(self.model, params, trajectory)
@@ -411,7 +415,7 @@ class ZOTrainerMixin(_Base):
         optimizer = self._zo_optimizer
         start = load_file(Path(str(self.args.output_dir)) / _START_NAME)
         with torch.no_grad():
-            for p, name in optimizer.names.items():
+            for name, p in optimizer.params.items():
                 p.copy_(start[name])
         optimizer.reset()
         self._walk_from_start(Trajectory.read(best), verified=False)

@@ -269,7 +269,7 @@ def header_of(
         settings: keyword arguments that build its estimator.
         schedule: name of the learning rate schedule, for the reader.
     """
-    params = {name: p for p, name in optimizer.names.items()}
+    params = optimizer.params
     adapted = getattr(model, "peft_config", None)
     stored, tensors = {}, []
     for name, p in params.items():
@@ -375,7 +375,7 @@ def replay(
     optimizer = ZOOptimizer(groups, {p: name for name, p in params.items()}, estimator, inner)
     walk(optimizer, trajectory, until, on_step)
     complete = until is None or until >= len(trajectory.steps)
-    if complete and not approximate and header.get("final_hash", content_hash(params)) != content_hash(params):
+    if complete and not approximate and "final_hash" in header and header["final_hash"] != content_hash(params):
         raise TrajectoryError(
             f"The weights after {len(trajectory.steps)} steps differ from those of the run (content hash). The log is damaged, "
             f"or was written by another version: hf_zo {header['hf_zo']}, torch {header['torch']}; here hf_zo {__version__}, "

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from ..runtimes.torch import Randomness, evaluation_mode
 from ..trajectory import LOG_NAME
-from .model_card import facts_of, write_card
+from .model_card import FACTS_NAME, facts_of, write_card
 
 if TYPE_CHECKING:
     from ..trainer import ZOTrainerMixin
@@ -69,12 +69,9 @@ class ModelCardCallback(ZOTrainerCallback):
         self._peak = None
         if trainer.train_dataset is None or not _restart_peak(args.device):
             return
-        rows = trainer._calibration_rows(args.per_device_train_batch_size)
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
-        inputs = trainer._prepare_inputs(collate(rows))
-        quiet = Randomness(trainer.model.parameters())
-        with torch.no_grad(), evaluation_mode(trainer.model), quiet, trainer.compute_loss_context_manager():
-            trainer.compute_loss(trainer.model, dict(inputs))
+        (batch,) = trainer.training_batches(args.per_device_train_batch_size)
+        with torch.no_grad(), evaluation_mode(trainer.model), Randomness(trainer.model.parameters()):
+            trainer.plain_forward(batch)
         self.about["inference_memory"] = _peak(args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -172,7 +169,8 @@ class PushToHubCallback(ZOTrainerCallback):
         if self.strategy == "end" or not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        card_of(self._trainer()).write(checkpoint)  # whichever callback comes first
+        if not (checkpoint / FACTS_NAME).is_file():  # unless a ModelCardCallback came first
+            card_of(self._trainer()).write(checkpoint)
         try:
             self._upload(checkpoint, f"Step {state.global_step}", args.output_dir)
             if self.strategy in ("checkpoint", "all_checkpoints"):
@@ -199,7 +197,7 @@ class PushToHubCallback(ZOTrainerCallback):
             self._upload(Path(args.output_dir), "End of training", args.output_dir)
 
     def _upload(self, folder: Path, message: str, output_dir: str) -> None:
-        push_folder(self.api, folder, self.repo_id, message, self.revision, attempt=lambda do: self._attempt(do, output_dir))
+        self._attempt(lambda: push_folder(self.api, folder, self.repo_id, message, self.revision), output_dir)
 
     def _attempt(self, do: Any, output_dir: str) -> Any:
         wait = self.wait
@@ -228,18 +226,14 @@ class PushToHubCallback(ZOTrainerCallback):
         return None
 
 
-def push_folder(
-    api: HfApi, folder: Path, repo_id: str, message: str, revision: str | None = None, attempt: Any = lambda do: do()
-) -> None:
+def push_folder(api: HfApi, folder: Path, repo_id: str, message: str, revision: str | None = None) -> None:
     """Upload what others need of a run's folder: weights or adapter, card, figure, trajectory, tokenizer."""
-    attempt(
-        lambda: api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=message,
-            revision=revision,
-            ignore_patterns=[*_RUN_STATE, "checkpoint-*", "runs/*", "_*"],
-        )
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=message,
+        revision=revision,
+        ignore_patterns=[*_RUN_STATE, "checkpoint-*", "runs/*", "_*"],
     )
 
 
