@@ -8,12 +8,14 @@ to reach a probe and the optimizer uses it to apply an update, so what is pertur
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from . import noise
+
+_CHUNK = 1 << 16  # elements that are displaced at a time where a direction is not plain noise
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Direction(ABC):
     @abstractmethod
     def sample(self, name: str) -> torch.Tensor:
         """The direction of tensor ``name``: fp32, of the tensor's shape, on its device."""
+
+    def row_sampler(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
+        """A function that gives chosen rows of the direction of tensor ``name``."""
+        return self.sample(name).__getitem__
 
 
 Terms = Sequence[tuple[float, Direction]]
@@ -92,21 +98,40 @@ def displace(
     *,
     decay: float = 1.0,
     rounding_key: int | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write ``decay * theta + sum_i a_i * direction_i[name]`` into ``out`` and return it.
 
     Accumulated in fp32 (fp64 for fp64 tensors) in the order of ``terms`` and rounded once to ``theta.dtype``: to nearest, or
-    stochastically for 16-bit tensors when a ``rounding_key`` is given. ``out`` may be ``theta``.
+    stochastically for 16-bit tensors when a ``rounding_key`` is given. ``out`` may be ``theta``. With ``rows``, ``theta`` and
+    ``out`` hold only these rows of the tensor; they cannot be rounded stochastically then unless all directions are dense.
     """
     dense = [(a, d) for a, d in terms if isinstance(d, DenseDirection)]
     if len(dense) == len(terms) and len({d.kind for _, d in dense}) <= 1:
         kind = dense[0][1].kind if dense else "gaussian"
         streams = [(a * factor, key) for a, d in dense for factor, key in d.streams(name)]
         factors, keys = [factor for factor, _ in streams], [key for _, key in streams]
-        return noise.displace(out, theta, keys, factors, kind=kind, decay=decay, rounding_key=rounding_key)
-    value = theta.to(torch.promote_types(theta.dtype, torch.float32)) * decay
-    for a, direction in terms:
-        value = value + direction.sample(name).to(value.dtype) * a
-    if rounding_key is not None and theta.dtype in (torch.bfloat16, torch.float16):
-        return noise.round_stochastically(value, rounding_key, out)
+        return noise.displace(out, theta, keys, factors, kind=kind, decay=decay, rounding_key=rounding_key, rows=rows)
+    accumulator = torch.promote_types(theta.dtype, torch.float32)
+    if theta.dim() < 2:
+        value = theta.to(accumulator) * decay
+        for a, direction in terms:
+            value = value + direction.sample(name).to(accumulator) * a
+        return _rounded(value, rounding_key, 0, out)
+    samplers = [(a, direction.row_sampler(name)) for a, direction in terms]
+    size = theta[0].numel()
+    step = max(1, _CHUNK // size)
+    for first in range(0, len(theta), step):  # pieces that fit into the second-level cache
+        piece = slice(first, min(first + step, len(theta)))
+        where = piece if rows is None else rows[piece]
+        value = theta[piece].to(accumulator) * decay
+        for a, sampler in samplers:
+            value = value + sampler(where).to(accumulator) * a
+        _rounded(value, rounding_key, first * size, out[piece])
+    return out
+
+
+def _rounded(value: torch.Tensor, rounding_key: int | None, first: int, out: torch.Tensor) -> torch.Tensor:
+    if rounding_key is not None and out.dtype in (torch.bfloat16, torch.float16):
+        return noise.round_stochastically(value, rounding_key, out, first)
     return out.copy_(value)

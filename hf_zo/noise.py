@@ -61,6 +61,12 @@ def normal_table() -> np.ndarray:
 
 
 @cache
+def _upper_half() -> np.ndarray:
+    """The positive half of the table as raw words; the other half is its mirror image with the sign turned."""
+    return normal_table()[_TABLE_SIZE // 2 :].view(np.uint32)
+
+
+@cache
 def _squares() -> np.ndarray:
     """Squares of the table in units of 2^-32, int64."""
     return np.rint(normal_table().astype(np.float64) ** 2 * 2.0**32).astype(np.int64)
@@ -96,7 +102,7 @@ def energy(key: int, n: int, device: torch.device | str = "cpu", kind: Kind = "g
         squares = torch.from_numpy(_squares()).to(device)
         total = torch.zeros((), dtype=torch.int64, device=device)
         for start in range(0, n, _CHUNK):
-            total += squares[_torch_fields(key, start, min(_CHUNK, n - start), 16, device)].sum()
+            total += squares[_torch_fields(key, range(start, min(n, start + _CHUNK)), 16, device)].sum()
     return total.double() * 2.0**-32
 
 
@@ -109,6 +115,7 @@ def displace(
     kind: Kind = "gaussian",
     decay: float = 1.0,
     rounding_key: int | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write ``decay * theta + sum_k coefficients[k] * z(keys[k])`` into ``out`` and return it.
 
@@ -121,21 +128,25 @@ def displace(
         decay: factor on ``theta`` (decoupled weight decay).
         rounding_key: round 16-bit results stochastically with the bits of this stream instead of to nearest, so that
             displacements far below one ulp survive in expectation. Ignored for fp32 and fp64.
+        rows: ``theta`` holds only these rows (int64, shape ``(len(theta),)``) of a matrix whose noise is meant.
     """
-    if _numba_usable(out, theta):
-        _displace_numba(out, theta, keys, coefficients, kind, decay, rounding_key)
-    else:
-        _displace_torch(out, theta, keys, coefficients, kind, decay, rounding_key)
+    apply = _displace_numba if _numba_usable(out, theta) else _displace_torch
+    apply(out, theta, keys, coefficients, kind, decay, rounding_key, rows)
     return out
 
 
-def round_stochastically(values: torch.Tensor, key: int, out: torch.Tensor) -> torch.Tensor:
-    """Round fp32 ``values`` into the 16-bit tensor ``out``; each element goes up with probability equal to the remainder."""
+def round_stochastically(values: torch.Tensor, key: int, out: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """Round fp32 ``values`` into the 16-bit tensor ``out``; each element goes up with probability equal to the remainder.
+
+    ``first`` is the number of the first element in the stream of ``key``.
+    """
     flat, target = values.reshape(-1), out if out.is_contiguous() else torch.empty_like(out).contiguous()
     destination = target.view(-1)
     for start in range(0, flat.numel(), _CHUNK):
         piece = flat[start : start + _CHUNK]
-        destination[start : start + _CHUNK] = _stochastic(piece, key, start, out.dtype)
+        destination[start : start + _CHUNK] = _stochastic(
+            piece, key, range(first + start, first + start + len(piece)), out.dtype
+        )
     if target is not out:
         out.copy_(target)
     return out
@@ -154,31 +165,40 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _torch_words(key: int, first: int, count: int, device: torch.device) -> torch.Tensor:
-    x = torch.arange(first, first + count, dtype=torch.int64, device=device) * _signed(GOLDEN) + _signed(key)
+    return _mixed(key, torch.arange(first, first + count, dtype=torch.int64, device=device))
+
+
+def _mixed(key: int, counters: torch.Tensor) -> torch.Tensor:
+    x = counters * _signed(GOLDEN) + _signed(key)
     x = (x ^ _shift_right(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shift_right(x, 27)) * _signed(_MIX_2)
     return x ^ _shift_right(x, 31)
 
 
-def _torch_fields(key: int, start: int, count: int, width: int, device: torch.device) -> torch.Tensor:
-    """Fields ``start … start+count`` of ``width`` bits each, int64; field 0 is the lowest of its word."""
-    per_word = 64 // width
-    first, last = start // per_word, (start + count + per_word - 1) // per_word
+Where = range | torch.Tensor
+"""Elements of a stream: a range, or their numbers (int64)."""
+
+
+def _torch_fields(key: int, where: Where, width: int, device: torch.device) -> torch.Tensor:
+    """The fields of ``width`` bits each that belong to the elements, int64; field 0 is the lowest of its word."""
+    per_word, mask = 64 // width, (1 << width) - 1
+    if isinstance(where, torch.Tensor):
+        return _mixed(key, where // per_word) >> (where % per_word * width) & mask
+    first, last = where.start // per_word, (where.stop + per_word - 1) // per_word
     words = _torch_words(key, first, last - first, device)
     shifts = torch.arange(0, 64, width, dtype=torch.int64, device=device)
-    fields = (words[:, None] >> shifts) & ((1 << width) - 1)
-    offset = start - first * per_word
-    return fields.reshape(-1)[offset : offset + count]
+    offset = where.start - first * per_word
+    return (words[:, None] >> shifts & mask).reshape(-1)[offset : offset + len(where)]
 
 
-def _torch_noise(key: int, start: int, count: int, kind: Kind, device: torch.device) -> torch.Tensor:
+def _torch_noise(key: int, where: Where, kind: Kind, device: torch.device) -> torch.Tensor:
     if kind == "gaussian":
-        return _table_on(device)[_torch_fields(key, start, count, 16, device)]
-    return (1 - 2 * _torch_fields(key, start, count, 1, device)).float()
+        return _table_on(device)[_torch_fields(key, where, 16, device)]
+    return (1 - 2 * _torch_fields(key, where, 1, device)).float()
 
 
-def _stochastic(values: torch.Tensor, key: int, start: int, dtype: torch.dtype) -> torch.Tensor:
-    bits = _torch_fields(key, start, values.numel(), 16, values.device).to(torch.int32)
+def _stochastic(values: torch.Tensor, key: int, where: Where, dtype: torch.dtype) -> torch.Tensor:
+    bits = _torch_fields(key, where, 16, values.device).to(torch.int32)
     raw = values.float().contiguous().view(torch.int32)
     if dtype == torch.bfloat16:  # the upper half of the fp32 word: add 16 random bits below it and cut
         return ((raw + bits) >> 16).to(torch.int16).view(torch.bfloat16)
@@ -198,20 +218,26 @@ def _displace_torch(
     kind: Kind,
     decay: float,
     rounding_key: int | None,
+    rows: torch.Tensor | None = None,
 ) -> None:
     accumulator = torch.float64 if theta.dtype == torch.float64 else torch.float32
     source = theta.reshape(-1)
     target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     destination = target.view(-1)
+    positions = None
+    if rows is not None:
+        size = theta[0].numel()
+        positions = (rows.to(theta.device)[:, None] * size + torch.arange(size, device=theta.device)).view(-1)
     for start in range(0, source.numel(), _CHUNK):
         value = source[start : start + _CHUNK].to(accumulator)
+        where: Where = range(start, start + value.numel()) if positions is None else positions[start : start + _CHUNK]
         if decay != 1.0:
             value = value * decay
         for key, coefficient in zip(keys, coefficients, strict=True):
-            z = _torch_noise(key, start, value.numel(), kind, theta.device).to(accumulator)
+            z = _torch_noise(key, where, kind, theta.device).to(accumulator)
             value = value + z * coefficient  # two operations on purpose: `alpha=` may fuse them
         if rounding_key is not None and theta.dtype in (torch.bfloat16, torch.float16):
-            value = _stochastic(value, rounding_key, start, theta.dtype)
+            value = _stochastic(value, rounding_key, where, theta.dtype)
         destination[start : start + _CHUNK] = value.to(theta.dtype)
     if target is not out:
         out.copy_(target)
@@ -249,18 +275,21 @@ def _displace_numba(
     kind: Kind,
     decay: float,
     rounding_key: int | None,
+    rows: torch.Tensor | None = None,
 ) -> None:
     kernel = _kernel()
     assert kernel is not None
+    starts = np.zeros(1, dtype=np.int64) if rows is None else rows.numpy() * theta[0].numel()
     narrow = theta.dtype == torch.bfloat16
     integer, unsigned = (torch.int16, np.uint16) if narrow else (torch.int32, np.uint32)
     kernel.run(
         out.detach().view(-1).view(integer).numpy().view(unsigned),
         theta.detach().view(-1).view(integer).numpy().view(unsigned),
         narrow,
+        starts,
         np.array(keys, dtype=np.uint64),
         np.array(coefficients, dtype=np.float32),
-        normal_table(),
+        _upper_half(),
         kind == "gaussian",
         np.float32(decay),
         rounding_key is not None,

@@ -1,22 +1,54 @@
 """`noise.displace` and `noise.energy` for contiguous CPU tensors, compiled by numba: one read and one write of the weights.
 
-Blocks of 4,096 elements pass through small buffers that stay in the first-level cache: the words of a block, then the
-fp32 values, then the rounded result. bf16 tensors arrive as uint16 and fp32 tensors as uint32, because numba has no bf16.
-numba does not contract a product and a sum into a fused multiply-add, which the agreement with the torch implementation
-relies on.
+Blocks of 1,024 elements pass through small buffers that stay in the first-level cache beside the table: words, then noise,
+then fp32 values, then the rounded result. The time goes into looking up the table, so half of it is enough (it is
+antisymmetric), and the weights of a later block are fetched meanwhile. bf16 tensors arrive as uint16 and fp32 tensors as
+uint32, because numba has no bf16. numba does not contract a product and a sum into a fused multiply-add, which the
+agreement with the torch implementation relies on.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, call-arg"
 
 import numba
 import numpy as np
-from numba import prange, uint32, uint64
+from llvmlite import ir
+from numba import float32, prange, types, uint16, uint32, uint64
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from .noise import _MIX_1, _MIX_2, GOLDEN
 
 _GOLDEN, _MIXER_1, _MIXER_2 = np.uint64(GOLDEN), np.uint64(_MIX_1), np.uint64(_MIX_2)
-_BLOCK = 4096
-_BLOCKS_PER_TASK = 16
+_BLOCK = 1024
+_BLOCKS_PER_TASK = 64
 _SERIAL_BELOW = 1 << 15  # starting a parallel region costs about as much as this many elements
+_AHEAD = 2 * _BLOCK  # elements between what is read and what is fetched
+_LINE = 32  # elements between two fetches: one cache line of bf16
+
+
+@intrinsic
+def _bits_of(_context, x):
+    return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def _float_of(_context, x):
+    return types.float32(types.uint32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _prefetch(_context, array, index):
+    """Ask for the cache line of ``array[index]``, which may lie beyond the end."""
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        fetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+        address = builder.bitcast(builder.gep(data, [args[1]]), byte)
+        builder.call(fetch, [address, number(0), number(3), number(1)])  # to read, into every cache, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
 
 
 @numba.njit(inline="always")
@@ -29,68 +61,127 @@ def _fill_words(words, count, key, first):
         words[j] = x ^ (x >> uint64(31))
 
 
-@numba.njit(nogil=True, cache=True)
-def _run_blocks(out, theta, narrow, first_block, last_block, keys, factors, table, gaussian, decay, stochastic, rounding_key):
-    n = theta.size
-    words = np.empty(_BLOCK // 4, np.uint64)
+@numba.njit(inline="always")
+def _fill_gaussian(z, words, index, first, count, key, upper_half, theta, ahead):
+    """Noise of ``4 * count`` elements from word ``first``, while the weights from ``ahead`` on are fetched."""
     fields = words.view(np.uint16)
+    _fill_words(words, count, key, first)
+    n = 4 * count
+    for i in range(n):  # the entries of the lower half are those of the upper half, mirrored
+        index[i] = (fields[i] ^ uint16((fields[i] >> uint16(15)) - uint16(1))) & uint16(0x7FFF)
+    lines = n // _LINE
+    for c in range(lines):
+        _prefetch(theta, ahead + c * _LINE)
+        for i in range(c * _LINE, c * _LINE + _LINE):
+            z[i] = upper_half[index[i]]
+    for i in range(lines * _LINE, n):
+        z[i] = upper_half[index[i]]
+    for i in range(n):
+        z[i] ^= (uint32(fields[i] >> uint16(15)) ^ uint32(1)) << uint32(31)
+
+
+@numba.njit(inline="always")
+def _fill_rademacher(z, words, first, count, key):
+    """Noise of ``64 * count`` elements from word ``first``: a one in the word is a minus."""
+    _fill_words(words, count, key, first)
+    halves = words.view(np.uint32)
+    for j in range(2 * count):
+        half = halves[j]
+        for i in range(32):
+            z[32 * j + i] = uint32(0x3F800000) | (((half >> uint32(i)) & uint32(1)) << uint32(31))
+
+
+@numba.njit(nogil=True, cache=True)
+def _run_blocks(
+    out,
+    theta,
+    narrow,
+    starts,
+    size,
+    first_block,
+    last_block,
+    keys,
+    factors,
+    upper_half,
+    gaussian,
+    decay,
+    stochastic,
+    rounding_key,
+):
+    words = np.empty(_BLOCK // 4 + 1, np.uint64)
+    index = np.empty(_BLOCK + 4, np.uint16)
+    z = np.empty(_BLOCK + 64, np.uint32)
     value = np.empty(_BLOCK, np.float32)
     raw = value.view(np.uint32)
+    per_row = (size + _BLOCK - 1) // _BLOCK
     for b in range(first_block, last_block):
-        start = b * _BLOCK
-        size = min(_BLOCK, n - start)
-        source, target = theta[start : start + size], out[start : start + size]
+        row, within = b // per_row, b % per_row * _BLOCK
+        here = row * size + within  # in the tensor
+        there = starts[row] + within  # in the stream
+        n = min(_BLOCK, size - within)
+        source, target = theta[here : here + n], out[here : here + n]
         if narrow:
-            for i in range(size):
+            for i in range(n):
                 raw[i] = uint32(source[i]) << uint32(16)
         else:
-            for i in range(size):
+            for i in range(n):
                 raw[i] = source[i]
-        if decay != np.float32(1.0):
-            for i in range(size):
+        if decay != float32(1.0):
+            for i in range(n):
                 value[i] = value[i] * decay
         for k in range(keys.size):
             factor = factors[k]
             if gaussian:
-                _fill_words(words, (size + 3) // 4, keys[k], start // 4)
-                for i in range(size):
-                    value[i] = value[i] + factor * table[fields[i]]
+                skip = there % 4
+                _fill_gaussian(z, words, index, there // 4, (skip + n + 3) // 4, keys[k], upper_half, theta, here + _AHEAD)
             else:
-                _fill_words(words, (size + 63) // 64, keys[k], start // 64)
-                for j in range((size + 63) // 64):
-                    word = words[j]
-                    for i in range(j * 64, min(size, j * 64 + 64)):
-                        negative = (word >> uint64(i - j * 64)) & uint64(1)
-                        value[i] = value[i] + (-factor if negative else factor)
+                skip = there % 64
+                _fill_rademacher(z, words, there // 64, (skip + n + 63) // 64, keys[k])
+            noise = z[skip : skip + n]
+            for i in range(n):
+                value[i] = value[i] + factor * _float_of(noise[i])
         if not narrow:
-            for i in range(size):
+            for i in range(n):
                 target[i] = raw[i]
         elif stochastic:
-            _fill_words(words, (size + 3) // 4, rounding_key, start // 4)
-            for i in range(size):
-                target[i] = (raw[i] + uint32(fields[i])) >> uint32(16)
+            skip = there % 4
+            _fill_words(words, (skip + n + 3) // 4, rounding_key, there // 4)
+            up = words.view(np.uint16)[skip : skip + n]
+            for i in range(n):
+                target[i] = (raw[i] + uint32(up[i])) >> uint32(16)
         else:  # to nearest, ties to even
-            for i in range(size):
+            for i in range(n):
                 target[i] = (raw[i] + uint32(0x7FFF) + ((raw[i] >> uint32(16)) & uint32(1))) >> uint32(16)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def _run_parallel(out, theta, narrow, keys, factors, table, gaussian, decay, stochastic, rounding_key):
-    blocks = (theta.size + _BLOCK - 1) // _BLOCK
+def _run_parallel(
+    out, theta, narrow, starts, size, blocks, keys, factors, upper_half, gaussian, decay, stochastic, rounding_key
+):
     for t in prange((blocks + _BLOCKS_PER_TASK - 1) // _BLOCKS_PER_TASK):
         first = t * _BLOCKS_PER_TASK
         last = min(blocks, first + _BLOCKS_PER_TASK)
-        _run_blocks(out, theta, narrow, first, last, keys, factors, table, gaussian, decay, stochastic, rounding_key)
+        _run_blocks(
+            out, theta, narrow, starts, size, first, last, keys, factors, upper_half, gaussian, decay, stochastic, rounding_key
+        )
 
 
-def run(out, theta, narrow, keys, factors, table, gaussian, decay, stochastic, rounding_key, threads):
-    """Write the displaced ``theta`` into ``out``; both are flat arrays of raw words (uint16 for bf16, uint32 for fp32)."""
+def run(out, theta, narrow, starts, keys, factors, upper_half, gaussian, decay, stochastic, rounding_key, threads):
+    """Write the displaced ``theta`` into ``out``; both are flat arrays of raw words (uint16 for bf16, uint32 for fp32).
+
+    ``theta`` consists of ``len(starts)`` rows of equal size, and row ``r`` takes its noise from element ``starts[r]`` on.
+    """
+    size = theta.size // starts.size
+    blocks = starts.size * ((size + _BLOCK - 1) // _BLOCK)
     if theta.size < _SERIAL_BELOW or threads == 1:
-        last = (theta.size + _BLOCK - 1) // _BLOCK
-        _run_blocks(out, theta, narrow, 0, last, keys, factors, table, gaussian, decay, stochastic, rounding_key)
+        _run_blocks(
+            out, theta, narrow, starts, size, 0, blocks, keys, factors, upper_half, gaussian, decay, stochastic, rounding_key
+        )
     else:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        _run_parallel(out, theta, narrow, keys, factors, table, gaussian, decay, stochastic, rounding_key)
+        _run_parallel(
+            out, theta, narrow, starts, size, blocks, keys, factors, upper_half, gaussian, decay, stochastic, rounding_key
+        )
 
 
 @numba.njit(nogil=True, cache=True)

@@ -7,6 +7,7 @@ import torch
 
 from hf_zo import noise
 from hf_zo.directions import DenseDirection, Direction, Probe, TensorSpec, displace, space_of
+from hf_zo.estimators.lozo import LowRankDirection
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PARAMS = {
@@ -152,3 +153,39 @@ def test_space_describes_the_tensors():
 def test_a_probe_without_terms_is_the_point_itself():
     theta = PARAMS["a"].to(torch.bfloat16)
     assert torch.equal(displace(torch.empty_like(theta), theta, "a", Probe().terms), theta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(50, 6), (50, 3, 7), (50,)])
+def test_rows_alone_are_those_of_the_whole(shape, dtype):
+    """Any rows in any order, also repeated ones, by every implementation and for every kind of direction."""
+    space = {"w": TensorSpec(shape, torch.device("cpu"))}
+    theta = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.1).to(dtype)
+    rows = torch.tensor([3, 49, 3, 0, 17])
+    dense = [(0.3, DenseDirection(space, 1, 2, 0, kind)) for kind in ("gaussian", "rademacher")]
+    low_rank = (-0.2, LowRankDirection(space, 1, 2, 0, 2))
+    matrices_only = [dense, [low_rank], [low_rank, dense[0]]] if len(shape) > 1 else []
+    for terms in ([dense[0]], [dense[1]], *matrices_only):
+        whole = displace(torch.empty_like(theta), theta, "w", terms)
+        assert torch.equal(displace(torch.empty_like(theta[rows]), theta[rows], "w", terms, rows=rows), whole[rows])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_rows_are_rounded_like_the_whole(kind, monkeypatch):
+    theta = torch.randn(40, 30, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rows = torch.tensor([39, 2, 2, 11])
+    for _ in range(2):
+        whole = noise.displace(torch.empty_like(theta), theta, [5, 6], [1e-3, 2e-3], kind=kind, rounding_key=7)
+        part = noise.displace(
+            torch.empty_like(theta[rows]), theta[rows], [5, 6], [1e-3, 2e-3], kind=kind, rounding_key=7, rows=rows
+        )
+        assert torch.equal(part, whole[rows])
+        monkeypatch.setattr(noise, "_kernel", lambda: None)
+
+
+def test_pieces_are_rounded_like_the_whole(monkeypatch):
+    theta = torch.randn(40, 30, generator=torch.Generator().manual_seed(1)).bfloat16()
+    direction = LowRankDirection({"w": TensorSpec((40, 30), torch.device("cpu"))}, 1, 2, 0, 2)
+    whole = displace(torch.empty_like(theta), theta, "w", [(0.1, direction)], rounding_key=7)
+    monkeypatch.setattr("hf_zo.directions._CHUNK", 100)
+    assert torch.equal(displace(torch.empty_like(theta), theta, "w", [(0.1, direction)], rounding_key=7), whole)

@@ -17,7 +17,7 @@ authors' RoBERTa code: no bias correction, and the first step takes N = s U_0.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -64,15 +64,22 @@ class LowRankDirection(Direction):
 
     def sample(self, name: str) -> torch.Tensor:
         """The direction of tensor ``name``."""
-        return self.expand(name, self.left(name))
+        return self.expanded(name, self.left(name))
 
-    def expand(self, name: str, left: torch.Tensor) -> torch.Tensor:
-        """``left V^T`` in the tensor's shape, over r where the direction is scaled."""
+    def row_sampler(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
+        """A function that gives chosen rows of the direction of tensor ``name``."""
+        return self.expanding(name, self.left(name))
+
+    def expanded(self, name: str, left: torch.Tensor) -> torch.Tensor:
+        """All of it; tensors with fewer than two dimensions have no V."""
+        return left if len(self.space[name].shape) < 2 else self.expanding(name, left)(slice(None))
+
+    def expanding(self, name: str, left: torch.Tensor) -> Callable[[slice | torch.Tensor], torch.Tensor]:
+        """A function that gives chosen rows of ``left V^T`` in the tensor's shape, over r where the direction is scaled."""
         shape = self.space[name].shape
-        if len(shape) < 2:
-            return left
         right = self.right(name)
-        return ((left @ right.T) / (right.shape[1] if self.scaled else 1)).view(shape)
+        right_t = (right / right.shape[1] if self.scaled else right).T
+        return lambda rows: (left[rows] @ right_t).view(-1, *shape[1:])
 
 
 class _Momentum(Direction):
@@ -84,7 +91,11 @@ class _Momentum(Direction):
 
     def sample(self, name: str) -> torch.Tensor:
         """The averaged direction of tensor ``name``, responses included."""
-        return self.subspace.expand(name, self.left[name])
+        return self.subspace.expanded(name, self.left[name])
+
+    def row_sampler(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
+        """A function that gives chosen rows of it."""
+        return self.subspace.expanding(name, self.left[name])
 
 
 class LoZO(Estimator):

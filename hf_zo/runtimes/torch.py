@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..directions import Direction, Probe, displace
+from ..directions import Direction, Probe, Terms, displace
 
 logger = logging.getLogger(__name__)
 
@@ -181,8 +181,13 @@ class _TransientWeights:
         handles = []
 
         def swap(module: nn.Module, key: str, name: str) -> None:
-            clean = module._parameters[key]
-            scratch = displace(torch.empty_like(self.params[name]), self.params[name], name, current.terms)
+            clean, theta = module._parameters[key], self.params[name]
+            scratch = torch.empty_like(theta)
+            if isinstance(module, nn.Embedding):
+                scratch = scratch.as_subclass(_DisplacedRows)
+                scratch.begin(theta, name, current.terms)
+            else:
+                displace(scratch, theta, name, current.terms)
             away.append((module, key, clean))
             module._parameters[key] = scratch  # type: ignore[assignment]  # a plain tensor: no autograd, no registration
 
@@ -321,6 +326,50 @@ class _Watched(torch.Tensor):
             for leaf in tree_leaves((args, kwargs or {})):
                 if isinstance(leaf, _Watched) and "report" in leaf.__dict__:
                     leaf.report()
+        return result
+
+
+class _DisplacedRows(torch.Tensor):
+    """The displaced weight of an embedding, of which only the rows that are looked up are ever written."""
+
+    theta: torch.Tensor
+    tensor_name: str
+    terms: Terms
+    whole: bool
+
+    def begin(self, theta: torch.Tensor, name: str, terms: Terms) -> None:
+        """Take the values from ``theta`` and ``terms`` when they are read."""
+        self.theta, self.tensor_name, self.terms, self.whole = theta, name, terms, False
+
+    def fill(self, rows: torch.Tensor | None = None) -> None:
+        """Write the values of ``rows``, some of which may be repeated, or all values."""
+        if self.whole:
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = self.as_subclass(torch.Tensor)
+            if rows is None or 2 * rows.numel() > len(self.theta):
+                displace(plain, self.theta, self.tensor_name, self.terms)
+                self.whole = True
+            else:
+                rows = rows.reshape(-1).long()
+                chosen = self.theta[rows]
+                plain[rows] = displace(torch.empty_like(chosen), chosen, self.tensor_name, self.terms, rows=rows)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        lookup = func is nn.functional.embedding and len(args) > 1 and type(args[0]) is torch.Tensor
+        describing = func.__name__ in ("__get__", "size", "dim", "numel", "stride")  # the shape, or a view
+        if not describing:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, _DisplacedRows) and hasattr(leaf, "theta"):
+                    leaf.fill(args[0] if lookup and leaf is args[1] else None)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if describing and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, _DisplacedRows) and hasattr(leaf, "theta"):
+                    leaf.fill()
         return result
 
 

@@ -306,6 +306,45 @@ def test_tied_embeddings_have_one_noise(name, tied):
     assert torch.equal(seen["in"], seen["out"]) == tied
 
 
+def test_an_embedding_is_displaced_where_it_is_read(monkeypatch):
+    """A lookup of a few rows displaces these rows; a lookup of many, or any other use, the whole matrix."""
+    drawn = []
+
+    def counting(out, theta, name, terms, **kwargs):
+        drawn.append(len(theta))
+        return displace(out, theta, name, terms, **kwargs)
+
+    embedding = nn.Embedding(100, 8)
+    params = {"weight": embedding.weight}
+    probe = Probe(((EPS, DenseDirection(space_of(params), 1, 0, 0)),))
+    theta = embedding.weight.detach()
+    whole = displace(torch.empty_like(theta), theta, "weight", probe.terms)
+    few, many = torch.tensor([[3, 7, 3]]), torch.arange(100)[None]
+    scaled = embedding.weight.detach() * 0 + 2
+
+    class Uses(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) + 0 * (self.weight * scaled).sum()
+
+    other = Uses(100, 8, _weight=embedding.weight.detach().clone())
+    for module, ids, expected in ((embedding, few, [3]), (embedding, many, [100]), (other, few, [100])):
+        seen = []
+
+        def measure(module=module, ids=ids, seen=seen):
+            seen.append(module(ids).detach().clone())
+            return seen[-1].sum()
+
+        runtime = TorchRuntime({"weight": module.weight}, "transient", module)
+        runtime._transient.audited = True
+        with monkeypatch.context() as patch:
+            patch.setattr("hf_zo.runtimes.torch.displace", counting)
+            drawn.clear()
+            runtime.losses([probe], measure)
+        assert drawn == expected
+        torch.testing.assert_close(seen[0], whole[ids], rtol=0, atol=1e-6)
+        assert torch.equal(seen[0], whole[ids]) or module is other
+
+
 def test_a_module_that_runs_twice_and_one_inside_itself():
     class Recursive(nn.Module):
         def __init__(self):
