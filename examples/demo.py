@@ -33,7 +33,7 @@ def run(role: str, model_dir: Path, output_dir: Path, max_steps: int) -> dict[st
 
     trainer = build_trainer(
         ModelArguments(model_name_or_path=str(model_dir), peft="lora" if role == "train" else "none"),
-        DataArguments(task_name="sst2", dataset_dir=str(HERE / "demo_data"), packing=True),
+        DataArguments(task_name="sst2", dataset_dir=str(HERE / "demo_data")),
         ZOTrainingArguments(
             output_dir=str(output_dir),
             do_train=role == "train",

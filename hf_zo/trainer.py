@@ -38,9 +38,11 @@ from .hub.callbacks import ZOTrainerCallback, card_of
 from .hub.model_card import FACTS_NAME, write_card
 from .objectives import OBJECTIVES, example_count, label_count
 from .optimizer import ZOOptimizer
+from .packing import Packing
 from .precision import fp32_losses
 from .runtimes import TorchRuntime
 from .runtimes.torch import Randomness, evaluation_mode
+from .tasks.scoring import OptionLabels
 from .training_args import Trained, ZOTrainingArguments, recommended
 from .trajectory import (
     LOG_NAME,
@@ -124,6 +126,8 @@ class ZOTrainerMixin(_Base):
             model = self._with_basis_adapter(model, args)
         super().__init__(model, args, *rest, **kwargs)
         self._check_model(self.model)
+        # A subclass with a compute_loss of its own reads the outputs in ways that nobody can foresee.
+        self._packing = Packing(self.model, args.zo_packing and type(self).compute_loss is ZOTrainerMixin.compute_loss)
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self._resolve_defaults()
 
@@ -171,7 +175,7 @@ class ZOTrainerMixin(_Base):
         rows = self._training_rows(wanted)
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         size = self.args.per_device_train_batch_size
-        return [self._prepare_inputs(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
+        return [super(ZOTrainerMixin, self)._prepare_inputs(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
 
     def plain_forward(self, inputs: Mapping[str, Any]) -> None:
         """One forward pass as training makes it, under the weights as they stand."""
@@ -436,7 +440,7 @@ class ZOTrainerMixin(_Base):
 
         Returns the loss of the whole window with its last micro-batch and zero before: the Trainer adds them up.
         """
-        self._window.append(self._prepare_inputs(inputs))
+        self._window.append(super()._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         window, self._window = self._window, []
@@ -485,6 +489,8 @@ class ZOTrainerMixin(_Base):
         counts = [label_count(self.model, inputs) if per_label else example_count(inputs) for inputs in window]
         weights = [1.0 if scaled else float(count) for count in counts]
         total = sum(weights)
+        if self._reads_labels_only(window):
+            window = [self._packing(inputs, lambda batch: self._probe_loss(model, batch, num_items)) for inputs in window]
 
         def measure() -> torch.Tensor:
             losses = [self._probe_loss(model, dict(inputs), num_items).double() for inputs in window]
@@ -525,6 +531,29 @@ class ZOTrainerMixin(_Base):
             else:
                 value = self.compute_loss(model, inputs, num_items_in_batch=num_items)
         return torch.as_tensor(value, dtype=torch.float32, device=self.args.device)
+
+    def _reads_labels_only(self, window: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether nothing but the loss looks at the outputs, so that a batch may be rewritten (`Packing`)."""
+        if self._objective_fn is not None or self.args.zo_objective == "f1":
+            return False
+        if all(isinstance(inputs.get("labels"), OptionLabels) for inputs in window):
+            return True
+        own = super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[attr-defined]
+        untouched = self.compute_loss_func is None and self.label_smoother is None
+        return own and untouched and self.args.zo_objective == "loss"
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The Trainer's; for an evaluation by options, also the form in which nothing is wasted (`Packing`)."""
+        inputs = super()._prepare_inputs(inputs)
+        if not isinstance(inputs.get("labels"), OptionLabels):
+            return inputs
+        with torch.no_grad():
+            return self._packing(inputs, lambda batch: self.compute_loss(self.model, batch))
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; the head of the model runs where a rewritten batch wants it."""
+        with self._packing.reading(inputs) as taken:
+            return super().compute_loss(model, taken, *args, **kwargs)
 
     def _loss_is_scaled(self, num_items: torch.Tensor | int | None) -> bool:
         """Whether micro-batch losses add up to the window's, as the Trainer's own step decides it."""
@@ -589,6 +618,8 @@ class ZOTrainerMixin(_Base):
             logs["zo/effective_learning_rate"] = logs.get("learning_rate", optimizer.param_groups[0]["lr"]) * scale
             logs["zo/forward_passes"] = optimizer.forward_passes
             logs["zo/skipped_steps"] = optimizer.skipped_steps
+            if self._packing.real:
+                logs["zo/computed_per_real_token"] = self._packing.computed / self._packing.real
         super().log(logs, *args, **kwargs)
 
 

@@ -79,6 +79,9 @@ class ZOTrainingArguments(TrainingArguments):
             `hf_zo.objectives`. Scores are step functions of the weights: use a large `zo_eps` and large batches.
         zo_restore (`str`, defaults to `"auto"`):
             How the weights survive the probes: `"copy"`, `"transient"` or `"in_place"`, see `hf_zo.runtimes.torch`.
+        zo_packing (`bool`, defaults to `True`):
+            Spend nothing on padding and compute logits only where a label or an option is read (`hf_zo.packing`). The first
+            batch is measured both ways; where its loss would not be the same, batches stay as they come.
         zo_trajectory (`bool`, defaults to `True`):
             Log the losses of every step (`hf_zo.trajectory`) in the output folder, and seal the log in every checkpoint.
         zo_save_weights (`bool`, defaults to `True`):
@@ -133,6 +136,7 @@ class ZOTrainingArguments(TrainingArguments):
     zo_nonfinite: str = field(default="raise", metadata={"help": "On a non-finite loss: 'raise' or 'skip'."})
     zo_objective: str = field(default="loss", metadata={"help": "What a probe measures: 'loss', 'accuracy', 'f1'."})
     zo_restore: Restore = field(default="auto", metadata={"help": "'auto', 'copy', 'transient' or 'in_place'."})
+    zo_packing: bool = field(default=True, metadata={"help": "No padding and no unread logits, where losses stay the same."})
     zo_trajectory: bool = field(default=True, metadata={"help": "Write trajectory.safetensors beside the checkpoints."})
     zo_save_weights: bool = field(
         default=True, metadata={"help": "False: checkpoints hold the trajectory instead of weights and optimizer state."}

@@ -50,7 +50,7 @@ def main() -> None:
         output = HERE.parent / "runs" / name
         command = [
             *(sys.executable, str(HERE.parent / "examples" / "run_glue.py"), "--model_name_or_path", arguments.model),
-            *("--task_name", "sst2", *data, "--max_train_samples", "1000", "--packing", "--do_train", "--do_eval"),
+            *("--task_name", "sst2", *data, "--max_train_samples", "1000", "--do_train", "--do_eval"),
             *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "32", "--logging_steps", "20"),
             *("--save_strategy", "no", "--report_to", "none", "--max_steps", str(FORWARDS // forwards)),
             *("--output_dir", str(output), *flags),

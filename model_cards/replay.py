@@ -33,7 +33,7 @@ def main() -> int:
             return code
         command = [
             *(sys.executable, str(HERE.parent / "examples" / "run_glue.py"), "--model_name_or_path", f"{scratch}/model"),
-            *("--task_name", "sst2", *data, "--packing", "--do_eval", "--per_device_eval_batch_size", "32"),
+            *("--task_name", "sst2", *data, "--do_eval", "--per_device_eval_batch_size", "32"),
             *("--output_dir", f"{scratch}/out", "--report_to", "none"),
         ]
         subprocess.run(command, check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support import Recorder, digest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_zo import ZOTrainer, ZOTrainingArguments, cli
+from hf_zo.packing import Packing
 from hf_zo.tasks import (
     OptionCollator,
     encode_rows,
@@ -47,12 +49,16 @@ def test_packed_and_padded_sentences_have_one_loss(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoded = encode_rows(task, load_rows(task, "train", SENTENCES, max_samples=16), tokenizer, 128)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    losses = []
-    for packed in (False, True):
-        batch = OptionCollator(tokenizer, model, packed=packed)(encoded.examples)
-        labels = batch.pop("labels")
-        with torch.no_grad():
-            losses.append(float(option_loss(model(**batch), labels)))
+    packing = Packing(model)
+
+    def loss(batch: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad(), packing.reading(dict(batch)) as inputs:
+            labels = inputs.pop("labels")
+            return option_loss(model(**inputs), labels)
+
+    padded = OptionCollator(tokenizer, model)(encoded.examples)
+    losses = [float(loss(padded)), float(loss(packing(padded, loss)))]
+    assert packing.form == "packed"
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -78,7 +84,7 @@ def test_full_parameter_step_on_real_sentences(folder: Path, tmp_path: Path) -> 
         arguments,
         train_dataset=encoded,
         eval_dataset=encoded,
-        data_collator=OptionCollator(tokenizer, model, packed=True),
+        data_collator=OptionCollator(tokenizer, model),
         compute_loss_func=option_loss,
         preprocess_logits_for_metrics=option_predictions,
         compute_metrics=metrics_for(task, rows),

@@ -75,10 +75,6 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Rows to train on, drawn by data_seed or seed."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Rows to evaluate on."})
-    packing: bool = field(
-        default=False,
-        metadata={"help": "Put the prompts of a batch into one row, without padding (causal LMs with options only)."},
-    )
     max_seq_length: int = field(default=512, metadata={"help": "Longer prompts lose the end of their context."})
 
 
@@ -209,7 +205,7 @@ def build_trainer(model_arguments: ModelArguments, data: DataArguments, training
     hooks: dict[str, Any] = {}
     if form in ("options", "mask"):
         hooks = {
-            "data_collator": OptionCollator(tokenizer, model, packed=data.packing),
+            "data_collator": OptionCollator(tokenizer, model),
             "compute_loss_func": option_loss,
             "preprocess_logits_for_metrics": option_predictions,
         }

@@ -44,15 +44,9 @@ class OptionCollator:
         tokenizer: gives the padding token and side.
         model: adds ``position_ids`` when padding left, if its forward takes them; models with absolute positions would
             otherwise count the padding. With virtual tokens (prompt tuning), for which PEFT drops them, it pads right.
-        packed: put all sequences of a batch into one row, with position ids that start again at every sequence and no
-            attention mask, and compute logits only where an option is read. Nothing is spent on padding. For causal
-            language models whose masks honour such position ids, as those of transformers do under "sdpa" and "eager".
-
-    Raises:
-        ValueError: if ``packed`` cannot work for ``model``.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module | None = None, packed: bool = False) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module | None = None) -> None:
         virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
         self.left = tokenizer.padding_side == "left" and not virtual
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -60,17 +54,9 @@ class OptionCollator:
         base = model.get_base_model() if model is not None and hasattr(model, "get_base_model") else model
         takes = inspect.signature(base.forward).parameters if base is not None else {}
         self.with_positions = self.left and "position_ids" in takes
-        self.packed = packed
-        if packed and (virtual or "position_ids" not in takes or "logits_to_keep" not in takes):
-            raise ValueError(
-                "packed=True needs the model (to look at), a causal language model whose forward takes position_ids and "
-                "logits_to_keep, and no virtual tokens; leave packed off."
-            )
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make the batch: `OptionLabels`, ``input_ids``, ``attention_mask`` and, where needed, ``position_ids``."""
-        if self.packed:
-            return self._pack(examples)
         rows = [row for example in examples for row in example["rows"]]
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.pad, dtype=torch.long)
@@ -97,32 +83,6 @@ class OptionCollator:
         if self.with_positions:
             batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         return batch
-
-    def _pack(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        ids: list[int] = []
-        positions: list[int] = []
-        records: list[list[tuple[int, int, int]]] = []  # per example: (place in the packed row, token, option)
-        for example in examples:
-            begins = []
-            for row in example["rows"]:
-                begins.append(len(ids))
-                ids += row
-                positions += range(len(row))
-            records.append([(begins[row] + position, token, option) for row, position, token, option in example["scored"]])
-        kept = sorted({place for record in records for place, _, _ in record})
-        from_end = {place: len(kept) - i for i, place in enumerate(kept)}
-        scored = torch.full((len(examples), max(map(len, records)), 4), -100, dtype=torch.long)
-        for b, record in enumerate(records):
-            for n, (place, token, option) in enumerate(record):
-                scored[b, n] = torch.tensor((0, from_end[place], token, option))
-        target = torch.tensor([example["target"] for example in examples], dtype=torch.long)
-        return {
-            "labels": OptionLabels(target=target, scored=scored),
-            "input_ids": torch.tensor([ids]),
-            "position_ids": torch.tensor([positions]),
-            "logits_to_keep": torch.tensor(kept),
-            "use_cache": False,  # with a cache transformers takes the row for one sequence
-        }
 
 
 def option_scores(logits: torch.Tensor, labels: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -327,7 +327,7 @@ def test_an_embedding_is_displaced_where_it_is_read(monkeypatch):
             return super().forward(ids) + 0 * (self.weight * scaled).sum()
 
     other = Uses(100, 8, _weight=embedding.weight.detach().clone())
-    for module, ids, expected in ((embedding, few, [3]), (embedding, many, [100]), (other, few, [100])):
+    for module, ids, expected in ((embedding, few, [3]), (embedding, many, [100]), (other, few, [3, 100])):
         seen = []
 
         def measure(module=module, ids=ids, seen=seen):

@@ -1,0 +1,343 @@
+"""No wasted tokens, no logits that nobody reads: another form of a batch with the same loss.
+
+A padded batch of short sequences computes two to three times the tokens it holds, and a language model's head computes a row
+of logits for every one of them, though a label stands at few. `Packing` rewrites a batch of a causal language model once per
+window, before its probes are measured:
+
+- sequences are put end to end into few rows, with position ids that start again and a mask that keeps them apart. The number
+  of rows weighs attention, which grows with the width, against padding;
+- options that share a prompt fork from one copy of it: every option sees the prompt and itself;
+- the head runs where a label or an option is read: its input is cut down by a hook, so soft caps and scales that a model
+  applies to logits stay its own.
+
+Nothing about the model is taken for granted. The first batch is measured in every form: a form is used if its loss is that
+of the batch as it came, and if no sequence notices when another one is changed. Otherwise the next plainer form is tried:
+``packed``, ``labelled`` (padded as it came, head cut down), ``plain``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .objectives import shifts_labels
+from .tasks.scoring import OptionLabels
+
+logger = logging.getLogger(__name__)
+
+Form = Literal["packed", "labelled", "plain"]
+KEPT = "zo_kept_positions"
+"""Key under which a rewritten batch carries the flat positions whose logits are wanted."""
+
+_KEYS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels"}  # what a batch may hold to be rewritten
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a loss, relative; 16-bit arithmetic differs by more
+_NARROW_TOLERANCE = 3e-2
+_MOST_ROWS = 32  # tried for the cheapest layout, beside one row per sequence
+
+Loss = Callable[[dict[str, Any]], torch.Tensor]
+Place = tuple[int, int]
+"""Row and column of a token in a batch."""
+
+
+@dataclass
+class _Family:
+    """A sequence, or a prompt with the branches that continue it: token ids, and the places they came from."""
+
+    trunk: list[int]
+    branches: list[list[int]]
+    sources: list[list[Place]]  # of every token of trunk, then branches, in order
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+
+class Packing:
+    """Rewrites the batches of one model, in the best form that the first batch allows.
+
+    Args:
+        model: the model that is called, with or without PEFT.
+        enabled: False keeps every batch as it came.
+
+    Attributes:
+        form: the form in use; None before the first batch.
+        real: tokens that the rewritten batches held, a shared prompt once for every option.
+        computed: tokens that were computed for them, padding included.
+    """
+
+    def __init__(self, model: nn.Module, enabled: bool = True) -> None:
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        config: Any = getattr(base, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        self._additive_mask = getattr(config, "_attn_implementation", None) == "eager"
+        self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self._causal = shifts_labels(model)
+        self._labels_in_model = self._causal and not virtual
+        self._may_pack = (
+            self._labels_in_model
+            and "position_ids" in inspect.signature(base.forward).parameters
+            and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+        )
+        self._hidden_size = getattr(config, "hidden_size", None) or 1024
+        self._window = getattr(config, "sliding_window", None) or float("inf")
+        self.form: Form | None = None if enabled and self._head is not None else "plain"
+        self.real = self.computed = 0
+
+    def __call__(self, inputs: dict[str, Any], loss: Loss) -> dict[str, Any]:
+        """The batch in its new form, or as it came.
+
+        Args:
+            inputs: a batch on the model's device. Labels may be token ids or `OptionLabels`.
+            loss: the loss of a batch, in evaluation mode; asked for the first batch only, to choose the form.
+        """
+        if self.form == "plain" or not self._suits(inputs):
+            return inputs
+        if self.form is None:
+            self.form = self._chosen(inputs, loss)
+        rewritten = self._rewritten(inputs, self.form)
+        if KEPT not in rewritten:
+            return inputs
+        mask = inputs.get("attention_mask")
+        self.real += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        self.computed += rewritten["input_ids"].numel()
+        return rewritten
+
+    @contextmanager
+    def reading(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Give out a batch as the model takes it; meanwhile the head runs at the wanted positions only."""
+        if KEPT not in inputs:
+            yield inputs
+            return
+        inputs = dict(inputs)
+        kept, width = inputs.pop(KEPT), inputs["input_ids"].shape[1]
+
+        def cut(head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            hidden = args[0]
+            row, column = kept // width, kept % width
+            column = column + (hidden.shape[1] - width)  # virtual tokens of an adapter come first
+            return (hidden[row, column][None], *args[1:])
+
+        assert self._head is not None
+        handle = self._head.register_forward_pre_hook(cut)
+        try:
+            yield inputs
+        finally:
+            handle.remove()
+
+    # ---- the choice --------------------------------------------------------------------------------------------------
+
+    def _suits(self, inputs: Mapping[str, Any]) -> bool:
+        ids, mask, labels = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("labels")
+        if set(inputs) - _KEYS or not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            return False
+        if mask is not None and mask.shape != ids.shape:
+            return False
+        if isinstance(labels, OptionLabels):
+            return True
+        return self._labels_in_model and isinstance(labels, torch.Tensor) and labels.shape == ids.shape
+
+    def _chosen(self, inputs: dict[str, Any], loss: Loss) -> Form:
+        plain = float(loss(dict(inputs)))
+        allowed = _TOLERANCE.get(self._dtype, _NARROW_TOLERANCE) * max(1.0, abs(plain))
+        forms: tuple[Form, ...] = ("packed", "labelled") if self._may_pack else ("labelled",)
+        for form in forms:
+            try:
+                rewritten = self._rewritten(inputs, form)
+                if KEPT not in rewritten:
+                    continue
+                difference = abs(float(loss(rewritten)) - plain)
+                apart = form != "packed" or self._keeps_apart(inputs, loss)
+            except (TypeError, ValueError, RuntimeError, IndexError) as error:  # whatever a model makes of an unusual batch
+                logger.info("Batches are not %s: %s: %s", form, type(error).__name__, error)
+                continue
+            if difference <= allowed and apart:
+                logger.info("Batches are %s: the first one's loss differs by %.1e.", form, difference)
+                return form
+            logger.info("Batches are not %s: the first one's loss differs by %.1e; apart: %s.", form, difference, apart)
+        return "plain"
+
+    def _keeps_apart(self, inputs: dict[str, Any], loss: Loss) -> bool:
+        """Whether the other sequences' logits stay, to the bit, when the first sequence's tokens change.
+
+        All sequences are put into one row for this, so that they are neighbours.
+        """
+        changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+        changed["input_ids"][0] = torch.where(changed["input_ids"][0] > 0, changed["input_ids"][0] - 1, 1)
+        seen: list[torch.Tensor] = []
+        assert self._head is not None
+        handle = self._head.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+        try:
+            for batch in (inputs, changed):
+                loss(self._rewritten(batch, "packed", rows=1, forked=False))
+        finally:
+            handle.remove()
+        own = sum(row == 0 for row, _ in self._wanted(inputs))
+        return torch.equal(seen[0][:, own:], seen[1][:, own:])
+
+    # ---- the forms ---------------------------------------------------------------------------------------------------
+
+    def _wanted(self, inputs: Mapping[str, Any]) -> list[Place]:
+        """Places whose logits are read, in order."""
+        labels, width = inputs["labels"], inputs["input_ids"].shape[1]
+        if isinstance(labels, OptionLabels):
+            records = labels["scored"].flatten(0, 1)
+            records = records[records[:, 3] >= 0].tolist()
+            return sorted({(row, width - from_end) for row, from_end, _, _ in records})
+        return [(row, column) for row, column in (labels[:, 1:] != -100).nonzero().tolist()]
+
+    def _rewritten(self, inputs: Mapping[str, Any], form: Form, rows: int | None = None, forked: bool = True) -> dict[str, Any]:
+        """The batch in ``form``; as it came if a wanted logit belongs to no real token or nothing is wanted."""
+        ids, wanted = inputs["input_ids"], self._wanted(inputs)
+        if not wanted:
+            return dict(inputs)
+        if form == "labelled":
+            kept, batch = [row * ids.shape[1] + column for row, column in wanted], dict(inputs)
+        else:
+            families = self._families(inputs, forked)
+            if max(map(len, families)) > self._window:  # the mask knows no sliding window
+                return dict(inputs)
+            batch, places = self._laid_out(families, ids.device, rows)
+            if any(place not in places for place in wanted):
+                return dict(inputs)
+            kept = [places[place] for place in wanted]
+        order = sorted(set(kept))
+        return {**batch, **self._labels(inputs, wanted, kept, order), KEPT: torch.tensor(order, device=ids.device)}
+
+    def _labels(
+        self, inputs: Mapping[str, Any], wanted: Sequence[Place], kept: Sequence[int], order: Sequence[int]
+    ) -> dict[str, Any]:
+        """Labels that speak of the logits at the kept positions, in that order, as of one row."""
+        labels, width, device = inputs["labels"], inputs["input_ids"].shape[1], inputs["input_ids"].device
+        rank = {position: i for i, position in enumerate(order)}
+        where = {place: rank[position] for place, position in zip(wanted, kept, strict=True)}
+        if isinstance(labels, OptionLabels):
+            scored = [
+                [
+                    [0, len(order) - where[r, width - end], token, option] if option >= 0 else [-100] * 4
+                    for r, end, token, option in record
+                ]
+                for record in labels["scored"].tolist()
+            ]
+            return {"labels": OptionLabels(target=labels["target"], scored=torch.tensor(scored, device=device))}
+        told, targets = labels.tolist(), [-100] * len(order)
+        for (row, column), i in where.items():
+            targets[i] = told[row][column + 1]
+        shifted = torch.tensor([targets], device=device)
+        return {"labels": shifted, "shift_labels": shifted}  # the model shifts no labels that come shifted
+
+    def _families(self, inputs: Mapping[str, Any], forked: bool) -> list[_Family]:
+        ids, mask, labels = inputs["input_ids"].tolist(), inputs.get("attention_mask"), inputs["labels"]
+        real = (
+            [range(len(row)) for row in ids] if mask is None else [[c for c, m in enumerate(row) if m] for row in mask.tolist()]
+        )
+        sequences = [[ids[row][column] for column in columns] for row, columns in enumerate(real)]
+        places = [[(row, column) for column in columns] for row, columns in enumerate(real)]
+        groups = [[row] for row in range(len(ids))]
+        if forked and isinstance(labels, OptionLabels):
+            groups = _rows_of_examples(labels, groups)
+        families = []
+        for rows in groups:
+            shared = _common([sequences[row] for row in rows])
+            if len(rows) == 1:
+                families.append(_Family(sequences[rows[0]], [], [[place] for place in places[rows[0]]]))
+            elif shared == 0:
+                families += [_Family(sequences[row], [], [[place] for place in places[row]]) for row in rows]
+            else:
+                sources = [[places[row][i] for row in rows] for i in range(shared)]
+                sources += [[place] for row in rows for place in places[row][shared:]]
+                families.append(_Family(sequences[rows[0]][:shared], [sequences[row][shared:] for row in rows], sources))
+        return families
+
+    def _laid_out(
+        self, families: Sequence[_Family], device: torch.device, rows: int | None
+    ) -> tuple[dict[str, Any], dict[Place, int]]:
+        """The rows of a new batch, and the flat position of every token that the old one held."""
+        layout = _assigned([len(f) for f in families], rows) if rows else self._cheapest([len(f) for f in families])
+        width = max(sum(len(families[i]) for i in row) for row in layout)
+        ids, positions, places = [], [], {}
+        lineage: list[list[tuple[int, int]]] = []  # (family, branch; 0 is the trunk) of every token, padding is alone
+        for number, row in enumerate(layout):
+            row_ids: list[int] = []
+            row_positions: list[int] = []
+            row_lineage: list[tuple[int, int]] = []
+            for i in row:
+                family = families[i]
+                for offset, sources in enumerate(family.sources):
+                    for place in sources:
+                        places[place] = number * width + len(row_ids) + offset
+                row_ids += family.trunk + [token for branch in family.branches for token in branch]
+                row_positions += range(len(family.trunk))
+                row_lineage += [(i, 0)] * len(family.trunk)
+                for b, branch in enumerate(family.branches):
+                    row_positions += range(len(family.trunk), len(family.trunk) + len(branch))
+                    row_lineage += [(i, b + 1)] * len(branch)
+            surplus = width - len(row_ids)
+            ids.append(row_ids + [row_ids[0]] * surplus)
+            positions.append(row_positions + [0] * surplus)  # every padding token a sequence of its own
+            lineage.append(row_lineage + [(-1 - j, 0) for j in range(surplus)])
+        batch: dict[str, Any] = {
+            "input_ids": torch.tensor(ids, device=device),
+            "position_ids": torch.tensor(positions, device=device),
+            "use_cache": False,
+        }
+        seen = _block_mask(torch.tensor(lineage, device=device))
+        batch["attention_mask"] = (~seen * torch.finfo(self._dtype).min).to(self._dtype) if self._additive_mask else seen
+        return batch, places
+
+    def _cheapest(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Rows whose cost, tokens times what a token costs at that width, is least.
+
+        Attention over a row of width w costs, per token, what the multiplications with the weights cost at about w = 2 h:
+        by operations it would be 6 h, but attention runs at a third of their speed (measured, SmolLM2-135M on a CPU in bf16).
+        """
+
+        def cost(layout: list[list[int]]) -> float:
+            width = max(sum(sizes[i] for i in row) for row in layout)
+            return len(layout) * width * (1 + width / (2 * self._hidden_size))
+
+        tried = {*range(1, min(len(sizes), _MOST_ROWS) + 1), len(sizes)}
+        return min((_assigned(sizes, rows) for rows in sorted(tried)), key=cost)
+
+
+def _assigned(sizes: Sequence[int], rows: int) -> list[list[int]]:
+    """Sequences dealt out to rows of nearly equal length: the longest first, each to the shortest row."""
+    layout: list[list[int]] = [[] for _ in range(rows)]
+    filled = [0] * rows
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = filled.index(min(filled))
+        layout[row].append(i)
+        filled[row] += sizes[i]
+    return [sorted(row) for row in layout if row]
+
+
+def _rows_of_examples(labels: OptionLabels, groups: list[list[int]]) -> list[list[int]]:
+    """Rows of a batch by the example they belong to; rows that nothing is read from stay alone."""
+    grouped = [sorted({row for row, _, _, option in record if option >= 0}) for record in labels["scored"].tolist()]
+    told = {row for rows in grouped for row in rows}
+    return [rows for rows in grouped if rows] + [group for group in groups if group[0] not in told]
+
+
+def _common(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common beginning."""
+    n = 0
+    while all(n < len(s) and s[n] == sequences[0][n] for s in sequences):
+        n += 1
+    return n
+
+
+def _block_mask(lineage: torch.Tensor) -> torch.Tensor:
+    """Mask [rows, 1, width, width]: a token sees itself and what comes before it in its trunk and its own branch."""
+    family, branch = lineage[..., 0], lineage[..., 1]
+    width = family.shape[1]
+    earlier = torch.ones(width, width, dtype=torch.bool, device=lineage.device).tril()
+    same = family[:, :, None] == family[:, None, :]
+    visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    return (earlier & same & visible)[:, None]
