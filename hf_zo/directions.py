@@ -46,6 +46,10 @@ class Direction(ABC):
         """A function that gives chosen rows of the direction of tensor ``name``."""
         return self.sample(name).__getitem__
 
+    def moves(self, name: str) -> bool:
+        """Whether tensor ``name`` is perturbed at all."""
+        return True
+
 
 Terms = Sequence[tuple[float, Direction]]
 """A linear combination of directions."""
@@ -76,6 +80,10 @@ class DenseDirection(Direction):
     def streams(self, name: str) -> list[tuple[float, int]]:
         """The direction of tensor ``name`` as factors and keys of noise streams; none if the tensor stays where it is."""
         return [(1.0, self.key(name))]
+
+    def moves(self, name: str) -> bool:
+        """Whether tensor ``name`` is perturbed at all."""
+        return bool(self.streams(name))
 
     def sample(self, name: str) -> torch.Tensor:
         """The direction of tensor ``name``."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from .objectives import shifts_labels
@@ -66,12 +67,14 @@ class Packing:
         enabled: False keeps every batch as it came.
 
     Attributes:
+        model: the model.
         form: the form in use; None before the first batch.
         real: tokens that the rewritten batches held, a shared prompt once for every option.
         computed: tokens that were computed for them, padding included.
     """
 
     def __init__(self, model: nn.Module, enabled: bool = True) -> None:
+        self.model = model
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         config: Any = getattr(base, "config", None)
@@ -156,6 +159,8 @@ class Packing:
                 difference = abs(float(loss(rewritten)) - plain)
                 apart = form != "packed" or self._keeps_apart(inputs, loss)
             except (TypeError, ValueError, RuntimeError, IndexError) as error:  # whatever a model makes of an unusual batch
+                if should_reduce_batch_size(error):
+                    raise  # out of memory: for the Trainer to handle
                 logger.info("Batches are not %s: %s: %s", form, type(error).__name__, error)
                 continue
             if difference <= allowed and apart:

@@ -126,8 +126,7 @@ class ZOTrainerMixin(_Base):
             model = self._with_basis_adapter(model, args)
         super().__init__(model, args, *rest, **kwargs)
         self._check_model(self.model)
-        # A subclass with a compute_loss of its own reads the outputs in ways that nobody can foresee.
-        self._packing = Packing(self.model, args.zo_packing and type(self).compute_loss is ZOTrainerMixin.compute_loss)
+        self._packing = self._packing_of(self.model)
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self._resolve_defaults()
 
@@ -191,6 +190,10 @@ class ZOTrainerMixin(_Base):
             return list(itertools.islice(iter(data), wanted))
         count = min(wanted, len(data))
         return [data[i * len(data) // count] for i in range(count)]
+
+    def _packing_of(self, model: nn.Module) -> Packing:
+        # A subclass with a compute_loss of its own reads the outputs in ways that nobody can foresee.
+        return Packing(model, self.args.zo_packing and type(self).compute_loss is ZOTrainerMixin.compute_loss)
 
     def _check_model(self, model: nn.Module) -> None:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -262,6 +265,8 @@ class ZOTrainerMixin(_Base):
             freeze_basis(model)  # resuming has loaded the adapter as trainable
             if not self._calibrated and (self._resume_from is None or is_weightless(self._resume_from)):
                 self._calibrate()
+        if self._packing.model is not model:
+            self._packing = self._packing_of(model)
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Resuming has loaded the weights by now, and PEFT loads a 16-bit adapter as fp32: the values are the same, but the
         # run would go on with other roundings.
@@ -490,7 +495,7 @@ class ZOTrainerMixin(_Base):
         weights = [1.0 if scaled else float(count) for count in counts]
         total = sum(weights)
         if self._reads_labels_only(window):
-            window = [self._packing(inputs, lambda batch: self._probe_loss(model, batch, num_items)) for inputs in window]
+            window = [self._packing(inputs, lambda batch: self._model_loss(model, batch, num_items)) for inputs in window]
 
         def measure() -> torch.Tensor:
             losses = [self._probe_loss(model, dict(inputs), num_items).double() for inputs in window]
@@ -522,15 +527,15 @@ class ZOTrainerMixin(_Base):
     def _probe_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> torch.Tensor:
         """The objective on one micro-batch under the weights as they stand, fp32."""
         score = OBJECTIVES[self.args.zo_objective]
+        if self._objective_fn is None and score is None:
+            return self._model_loss(model, inputs, num_items)
         with self.compute_loss_context_manager(), fp32_losses(self.model):
-            value: Any
-            if self._objective_fn is not None:
-                value = self._objective_fn(model, inputs)
-            elif score is not None:
-                value = score(self, model, inputs)
-            else:
-                value = self.compute_loss(model, inputs, num_items_in_batch=num_items)
+            value: Any = self._objective_fn(model, inputs) if self._objective_fn else score(self, model, inputs)  # type: ignore[misc]
         return torch.as_tensor(value, dtype=torch.float32, device=self.args.device)
+
+    def _model_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> torch.Tensor:
+        with self.compute_loss_context_manager(), fp32_losses(self.model):
+            return self.compute_loss(model, inputs, num_items_in_batch=num_items).float()
 
     def _reads_labels_only(self, window: Sequence[Mapping[str, Any]]) -> bool:
         """Whether nothing but the loss looks at the outputs, so that a batch may be rewritten (`Packing`)."""

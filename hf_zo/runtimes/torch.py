@@ -33,6 +33,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..directions import Direction, Probe, Terms, displace
+from .prefix import SharedPrefix
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class TorchRuntime:
                 "zo_restore='in_place' on 16-bit weights drifts: adding and subtracting the same noise changes nearly half "
                 "of the weights in every step. 'transient' and 'copy' are exact."
             )
+        self._prefix = SharedPrefix(model, params) if model is not None else None
         self._transient = _TransientWeights(model, params) if model is not None and self.restore == "transient" else None
 
     def _choose(self) -> Restore:
@@ -96,11 +98,27 @@ class TorchRuntime:
                 place = stack.enter_context(_written(self.params, self.params))
             else:
                 place = stack.enter_context(_walked(self.params))
+            shared = stack.enter_context(self._sharing(probes))
             for probe in probes:
                 place(probe)
-                measured.append(rewound().detach())
+                measured.append(shared(rewound).detach())
         # One transfer for all probes: the only point at which the host waits for the device.
         return [float(x) for x in torch.stack([m.reshape(()) for m in measured]).double().tolist()]
+
+    @contextmanager
+    def _sharing(self, probes: Sequence[Probe]) -> Iterator[Callable[[Measure], torch.Tensor]]:
+        """Give out a function that measures without computing anew what no probe changes."""
+        if self._prefix is None:
+            yield lambda measure: measure()
+            return
+        directions = {direction for probe in probes for _, direction in probe.terms}
+        depth = self._prefix.depth(name for name in self.params if any(d.moves(name) for d in directions))
+        if depth and len(probes) > 1:
+            with self._prefix.keeping(depth) as shared:
+                yield shared
+        else:
+            with self._prefix.learning():
+                yield lambda measure: measure()
 
 
 Place = Callable[[Probe], None]
