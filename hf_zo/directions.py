@@ -8,14 +8,12 @@ to reach a probe and the optimizer uses it to apply an update, so what is pertur
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from . import noise
-
-_CHUNK = 1 << 16  # elements that are displaced at a time where a direction is not plain noise
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,9 @@ class Direction(ABC):
     def sample(self, name: str) -> torch.Tensor:
         """The direction of tensor ``name``: fp32, of the tensor's shape, on its device."""
 
-    def row_sampler(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
-        """A function that gives chosen rows of the direction of tensor ``name``."""
-        return self.sample(name).__getitem__
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """U (m x r) and V^T (r x n), fp32, if the direction of the m x n tensor ``name`` is their product."""
+        return None
 
     def moves(self, name: str) -> bool:
         """Whether tensor ``name`` is perturbed at all."""
@@ -83,7 +81,7 @@ class DenseDirection(Direction):
 
     def moves(self, name: str) -> bool:
         """Whether tensor ``name`` is perturbed at all."""
-        return bool(self.streams(name))
+        return True
 
     def sample(self, name: str) -> torch.Tensor:
         """The direction of tensor ``name``."""
@@ -112,7 +110,7 @@ def displace(
 
     Accumulated in fp32 (fp64 for fp64 tensors) in the order of ``terms`` and rounded once to ``theta.dtype``: to nearest, or
     stochastically for 16-bit tensors when a ``rounding_key`` is given. ``out`` may be ``theta``. With ``rows``, ``theta`` and
-    ``out`` hold only these rows of the tensor; they cannot be rounded stochastically then unless all directions are dense.
+    ``out`` hold only these rows of the tensor, and are not rounded stochastically unless all directions are dense or low-rank.
     """
     dense = [(a, d) for a, d in terms if isinstance(d, DenseDirection)]
     if len(dense) == len(terms) and len({d.kind for _, d in dense}) <= 1:
@@ -120,26 +118,15 @@ def displace(
         streams = [(a * factor, key) for a, d in dense for factor, key in d.streams(name)]
         factors, keys = [factor for factor, _ in streams], [key for _, key in streams]
         return noise.displace(out, theta, keys, factors, kind=kind, decay=decay, rounding_key=rounding_key, rows=rows)
+    pairs = [direction.factors(name) for _, direction in terms]
+    if all(pair is not None for pair in pairs):
+        products = [(a, *pair) for (a, _), pair in zip(terms, pairs, strict=True) if pair is not None]
+        return noise.displace_low_rank(out, theta, products, decay=decay, rounding_key=rounding_key, rows=rows)
     accumulator = torch.promote_types(theta.dtype, torch.float32)
-    if theta.dim() < 2:
-        value = theta.to(accumulator) * decay
-        for a, direction in terms:
-            value = value + direction.sample(name).to(accumulator) * a
-        return _rounded(value, rounding_key, 0, out)
-    samplers = [(a, direction.row_sampler(name)) for a, direction in terms]
-    size = theta[0].numel()
-    step = max(1, _CHUNK // size)
-    for first in range(0, len(theta), step):  # pieces that fit into the second-level cache
-        piece = slice(first, min(first + step, len(theta)))
-        where = piece if rows is None else rows[piece]
-        value = theta[piece].to(accumulator) * decay
-        for a, sampler in samplers:
-            value = value + sampler(where).to(accumulator) * a
-        _rounded(value, rounding_key, first * size, out[piece])
-    return out
-
-
-def _rounded(value: torch.Tensor, rounding_key: int | None, first: int, out: torch.Tensor) -> torch.Tensor:
-    if rounding_key is not None and out.dtype in (torch.bfloat16, torch.float16):
-        return noise.round_stochastically(value, rounding_key, out, first)
+    value = theta.to(accumulator) * decay
+    for a, direction in terms:
+        z = direction.sample(name)
+        value = value + (z if rows is None else z[rows]).to(accumulator) * a
+    if rounding_key is not None and theta.dtype in (torch.bfloat16, torch.float16):
+        return noise.round_stochastically(value, rounding_key, out)
     return out.copy_(value)

@@ -135,18 +135,71 @@ def displace(
     return out
 
 
-def round_stochastically(values: torch.Tensor, key: int, out: torch.Tensor, first: int = 0) -> torch.Tensor:
-    """Round fp32 ``values`` into the 16-bit tensor ``out``; each element goes up with probability equal to the remainder.
+def product(left: torch.Tensor, right_t: torch.Tensor) -> torch.Tensor:
+    """``left @ right_t`` in fp32, summed in the order of the rank, every product and sum rounded: the same on every device."""
+    total = left[:, :1] * right_t[:1]
+    for k in range(1, left.shape[1]):
+        total = total + left[:, k : k + 1] * right_t[k : k + 1]
+    return total
 
-    ``first`` is the number of the first element in the stream of ``key``.
+
+def displace_low_rank(
+    out: torch.Tensor,
+    theta: torch.Tensor,
+    terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]],
+    *,
+    decay: float = 1.0,
+    rounding_key: int | None = None,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Write ``decay * theta + sum_k a_k * U_k V_k^T`` into ``out`` and return it.
+
+    Args:
+        out, theta, decay, rounding_key, rows: as for `displace`; ``theta`` is taken as m x n, m its first dimension.
+        terms: factors ``a_k``, ``U_k`` (m x r, fp32) and ``V_k^T`` (r x n, fp32). With ``rows`` U still has all rows.
     """
+    if rows is not None:
+        rows = rows.to(theta.device)
+        terms = [(a, left[rows], right_t) for a, left, right_t in terms]
+    m = len(theta)
+    size = theta.numel() // max(m, 1)
+    if _numba_usable(out, theta):
+        kernel = _kernel()
+        assert kernel is not None
+        kernel.run_low_rank(
+            *_raw(out, theta),
+            np.arange(m) if rows is None else rows.numpy(),
+            [(np.float32(a), left.contiguous().numpy(), right_t.contiguous().numpy()) for a, left, right_t in terms],
+            np.float32(decay),
+            rounding_key is not None,
+            np.uint64(rounding_key or 0),
+            torch.get_num_threads(),
+        )
+        return out
+    step = max(1, _CHUNK // size)
+    accumulator = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    for first in range(0, m, step):
+        piece = slice(first, min(first + step, m))
+        value = theta[piece].reshape(-1, size).to(accumulator)
+        if decay != 1.0:
+            value = value * decay
+        for a, left, right_t in terms:
+            value = value + product(left[piece], right_t).to(accumulator) * a
+        if rounding_key is not None and theta.dtype in (torch.bfloat16, torch.float16):
+            here = torch.arange(piece.start, piece.stop, device=theta.device) if rows is None else rows[piece]
+            where = (here[:, None] * size + torch.arange(size, device=theta.device)).view(-1)
+            value = _stochastic(value.view(-1), rounding_key, where, theta.dtype)
+        out[piece] = value.view(theta[piece].shape).to(theta.dtype)
+    return out
+
+
+def round_stochastically(values: torch.Tensor, key: int, out: torch.Tensor) -> torch.Tensor:
+    """Round fp32 ``values`` into the 16-bit tensor ``out``; each element goes up with probability equal to the remainder."""
     flat, target = values.reshape(-1), out if out.is_contiguous() else torch.empty_like(out).contiguous()
     destination = target.view(-1)
     for start in range(0, flat.numel(), _CHUNK):
         piece = flat[start : start + _CHUNK]
-        destination[start : start + _CHUNK] = _stochastic(
-            piece, key, range(first + start, first + start + len(piece)), out.dtype
-        )
+        destination[start : start + _CHUNK] = _stochastic(piece, key, range(start, start + len(piece)), out.dtype)
     if target is not out:
         out.copy_(target)
     return out
@@ -267,6 +320,14 @@ def _numba_usable(out: torch.Tensor, theta: torch.Tensor) -> bool:
     )
 
 
+def _raw(out: torch.Tensor, theta: torch.Tensor) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Both as flat arrays of raw words, and whether these are of 16 bits."""
+    narrow = theta.dtype == torch.bfloat16
+    integer, unsigned = (torch.int16, np.uint16) if narrow else (torch.int32, np.uint32)
+    raw_out, raw_theta = (x.detach().view(-1).view(integer).numpy().view(unsigned) for x in (out, theta))
+    return raw_out, raw_theta, narrow
+
+
 def _displace_numba(
     out: torch.Tensor,
     theta: torch.Tensor,
@@ -280,12 +341,8 @@ def _displace_numba(
     kernel = _kernel()
     assert kernel is not None
     starts = np.zeros(1, dtype=np.int64) if rows is None else rows.numpy() * theta[0].numel()
-    narrow = theta.dtype == torch.bfloat16
-    integer, unsigned = (torch.int16, np.uint16) if narrow else (torch.int32, np.uint32)
     kernel.run(
-        out.detach().view(-1).view(integer).numpy().view(unsigned),
-        theta.detach().view(-1).view(integer).numpy().view(unsigned),
-        narrow,
+        *_raw(out, theta),
         starts,
         np.array(keys, dtype=np.uint64),
         np.array(coefficients, dtype=np.float32),

@@ -91,6 +91,37 @@ def _fill_rademacher(z, words, first, count, key):
             z[32 * j + i] = uint32(0x3F800000) | (((half >> uint32(i)) & uint32(1)) << uint32(31))
 
 
+@numba.njit(inline="always")
+def _widen(value, raw, source, n, narrow, decay):
+    """``value`` and ``raw`` are the same fp32 buffer and its bits."""
+    if narrow:
+        for i in range(n):
+            raw[i] = uint32(source[i]) << uint32(16)
+    else:
+        for i in range(n):
+            raw[i] = source[i]
+    if decay != float32(1.0):
+        for i in range(n):
+            value[i] = value[i] * decay
+
+
+@numba.njit(inline="always")
+def _round(target, raw, n, narrow, stochastic, rounding_key, there, words):
+    """Write ``n`` numbers whose place in the stream of the rounding key begins at ``there``."""
+    if not narrow:
+        for i in range(n):
+            target[i] = raw[i]
+    elif stochastic:
+        skip = there % 4
+        _fill_words(words, (skip + n + 3) // 4, rounding_key, there // 4)
+        up = words.view(np.uint16)[skip : skip + n]
+        for i in range(n):
+            target[i] = (raw[i] + uint32(up[i])) >> uint32(16)
+    else:  # to nearest, ties to even
+        for i in range(n):
+            target[i] = (raw[i] + uint32(0x7FFF) + ((raw[i] >> uint32(16)) & uint32(1))) >> uint32(16)
+
+
 @numba.njit(nogil=True, cache=True)
 def _run_blocks(
     out,
@@ -120,15 +151,7 @@ def _run_blocks(
         there = starts[row] + within  # in the stream
         n = min(_BLOCK, size - within)
         source, target = theta[here : here + n], out[here : here + n]
-        if narrow:
-            for i in range(n):
-                raw[i] = uint32(source[i]) << uint32(16)
-        else:
-            for i in range(n):
-                raw[i] = source[i]
-        if decay != float32(1.0):
-            for i in range(n):
-                value[i] = value[i] * decay
+        _widen(value, raw, source, n, narrow, decay)
         for k in range(keys.size):
             factor = factors[k]
             if gaussian:
@@ -140,18 +163,7 @@ def _run_blocks(
             noise = z[skip : skip + n]
             for i in range(n):
                 value[i] = value[i] + factor * _float_of(noise[i])
-        if not narrow:
-            for i in range(n):
-                target[i] = raw[i]
-        elif stochastic:
-            skip = there % 4
-            _fill_words(words, (skip + n + 3) // 4, rounding_key, there // 4)
-            up = words.view(np.uint16)[skip : skip + n]
-            for i in range(n):
-                target[i] = (raw[i] + uint32(up[i])) >> uint32(16)
-        else:  # to nearest, ties to even
-            for i in range(n):
-                target[i] = (raw[i] + uint32(0x7FFF) + ((raw[i] >> uint32(16)) & uint32(1))) >> uint32(16)
+        _round(target, raw, n, narrow, stochastic, rounding_key, there, words)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
@@ -182,6 +194,57 @@ def run(out, theta, narrow, starts, keys, factors, upper_half, gaussian, decay, 
         _run_parallel(
             out, theta, narrow, starts, size, blocks, keys, factors, upper_half, gaussian, decay, stochastic, rounding_key
         )
+
+
+@numba.njit(nogil=True, cache=True)
+def _run_rows(out, theta, narrow, numbers, first, last, left, right_t, ranks, factors, decay, stochastic, rounding_key):
+    size = right_t.shape[1]
+    words = np.empty(size // 4 + 2, np.uint64)
+    value, z = np.empty(size, np.float32), np.empty(size, np.float32)
+    raw = value.view(np.uint32)
+    for row in range(first, last):
+        source, target = theta[row * size : (row + 1) * size], out[row * size : (row + 1) * size]
+        _widen(value, raw, source, size, narrow, decay)
+        k = 0
+        for term in range(ranks.size):
+            for r in range(ranks[term]):
+                u, v = left[row, k], right_t[k]
+                if r == 0:
+                    for j in range(size):
+                        z[j] = u * v[j]
+                else:
+                    for j in range(size):
+                        z[j] = z[j] + u * v[j]
+                k += 1
+            factor = factors[term]
+            for j in range(size):
+                value[j] = value[j] + factor * z[j]
+        _round(target, raw, size, narrow, stochastic, rounding_key, numbers[row] * size, words)
+
+
+@numba.njit(parallel=True, nogil=True, cache=True)
+def _run_rows_parallel(out, theta, narrow, numbers, left, right_t, ranks, factors, decay, stochastic, rounding_key):
+    rows = numbers.size
+    per_task = max(1, _BLOCK * _BLOCKS_PER_TASK // right_t.shape[1])
+    for t in prange((rows + per_task - 1) // per_task):
+        first = t * per_task
+        last = min(rows, first + per_task)
+        _run_rows(out, theta, narrow, numbers, first, last, left, right_t, ranks, factors, decay, stochastic, rounding_key)
+
+
+def run_low_rank(out, theta, narrow, numbers, terms, decay, stochastic, rounding_key, threads):
+    """As `run`, for a sum of products ``factor * left @ right_t``; row i of ``theta`` is row ``numbers[i]`` of its matrix."""
+    left = np.concatenate([term[1] for term in terms], axis=1)
+    right_t = np.concatenate([term[2] for term in terms], axis=0)
+    ranks = np.array([term[1].shape[1] for term in terms])
+    factors = np.array([term[0] for term in terms], dtype=np.float32)
+    arguments = (out, theta, narrow, np.ascontiguousarray(numbers, dtype=np.int64))
+    rest = (left, right_t, ranks, factors, decay, stochastic, rounding_key)
+    if theta.size < _SERIAL_BELOW or threads == 1:
+        _run_rows(*arguments, 0, len(numbers), *rest)
+    else:
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        _run_rows_parallel(*arguments, *rest)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -183,9 +183,28 @@ def test_rows_are_rounded_like_the_whole(kind, monkeypatch):
         monkeypatch.setattr(noise, "_kernel", lambda: None)
 
 
-def test_pieces_are_rounded_like_the_whole(monkeypatch):
-    theta = torch.randn(40, 30, generator=torch.Generator().manual_seed(1)).bfloat16()
-    direction = LowRankDirection({"w": TensorSpec((40, 30), torch.device("cpu"))}, 1, 2, 0, 2)
-    whole = displace(torch.empty_like(theta), theta, "w", [(0.1, direction)], rounding_key=7)
-    monkeypatch.setattr("hf_zo.directions._CHUNK", 100)
-    assert torch.equal(displace(torch.empty_like(theta), theta, "w", [(0.1, direction)], rounding_key=7), whole)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (300, 200), (40, 3, 11)])
+@pytest.mark.parametrize("rounding_key", [None, 7])
+def test_low_rank_displacements_are_the_same_from_both_implementations(shape, dtype, rounding_key, monkeypatch):
+    """The kernel, alone and in parallel, the torch fallback in pieces of any size, and rows on their own."""
+    theta = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.1).to(dtype)
+    space = {"w": TensorSpec(shape, torch.device("cpu"))}
+    terms = [(0.1, LowRankDirection(space, 1, 2, 0, 3)), (-1e-3, LowRankDirection(space, 1, 3, 0, 1, scaled=True))]
+
+    def apply(rows=None):
+        chosen = theta if rows is None else theta[rows]
+        return displace(torch.empty_like(chosen), chosen, "w", terms, decay=0.9, rounding_key=rounding_key, rows=rows)
+
+    fast, rows = apply(), torch.tensor([0, shape[0] - 1, shape[0] // 2, 0])
+    assert torch.equal(apply(rows), fast[rows])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        assert torch.equal(apply(), fast)
+    monkeypatch.setattr(noise, "_kernel", lambda: None)
+    for chunk in (1 << 22, 100):
+        monkeypatch.setattr(noise, "_CHUNK", chunk)
+        assert torch.equal(apply(), fast)
+        assert torch.equal(apply(rows), fast[rows])
+    expected = 0.9 * theta.double() + sum(a * d.sample("w").double() for a, d in terms)
+    torch.testing.assert_close(fast.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-7)

@@ -52,6 +52,10 @@ class BlockDirection(DenseDirection):
         weight = self.weights[name]
         return [(weight, self.key(name))] if weight else []
 
+    def moves(self, name: str) -> bool:
+        """Whether the weight of tensor ``name`` is not 0."""
+        return bool(self.weights[name])
+
     def sample(self, name: str) -> torch.Tensor:
         """The direction of tensor ``name``."""
         return super().sample(name) * self.weights[name]

@@ -17,7 +17,7 @@ authors' RoBERTa code: no bias correction, and the first step takes N = s U_0.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,20 +66,19 @@ class LowRankDirection(Direction):
         """The direction of tensor ``name``."""
         return self.expanded(name, self.left(name))
 
-    def row_sampler(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
-        """A function that gives chosen rows of the direction of tensor ``name``."""
-        return self.expanding(name, self.left(name))
-
     def expanded(self, name: str, left: torch.Tensor) -> torch.Tensor:
-        """All of it; tensors with fewer than two dimensions have no V."""
-        return left if len(self.space[name].shape) < 2 else self.expanding(name, left)(slice(None))
-
-    def expanding(self, name: str, left: torch.Tensor) -> Callable[[slice | torch.Tensor], torch.Tensor]:
-        """A function that gives chosen rows of ``left V^T`` in the tensor's shape, over r where the direction is scaled."""
+        """``left V^T`` in the tensor's shape; tensors with fewer than two dimensions have no V."""
         shape = self.space[name].shape
+        return left if len(shape) < 2 else noise.product(left, self.right_t(name)).view(shape)
+
+    def right_t(self, name: str) -> torch.Tensor:
+        """``V^T``, over r where the direction is scaled."""
         right = self.right(name)
-        right_t = (right / right.shape[1] if self.scaled else right).T
-        return lambda rows: (left[rows] @ right_t).view(-1, *shape[1:])
+        return (right / right.shape[1] if self.scaled else right).T.contiguous()
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """U and V^T; None for tensors with fewer than two dimensions."""
+        return None if len(self.space[name].shape) < 2 else (self.left(name), self.right_t(name))
 
 
 class _Momentum(Direction):
@@ -93,9 +92,9 @@ class _Momentum(Direction):
         """The averaged direction of tensor ``name``, responses included."""
         return self.subspace.expanded(name, self.left[name])
 
-    def row_sampler(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
-        """A function that gives chosen rows of it."""
-        return self.subspace.expanding(name, self.left[name])
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """N and V^T; None for tensors with fewer than two dimensions."""
+        return None if len(self.subspace.space[name].shape) < 2 else (self.left[name], self.subspace.right_t(name))
 
 
 class LoZO(Estimator):

@@ -194,25 +194,31 @@ class _TransientWeights:
     def _hooked(self, displaced: set[str]) -> Iterator[Place]:
         displaced = displaced - self.copied
         current = Probe()
-        away: list[tuple[nn.Module, str, Any]] = []  # (module, key, clean parameter), in the order of swapping
+        away: list[tuple[nn.Module, str, Any, torch.Tensor]] = []  # module, key, clean parameter, memory; as swapped
+        free: list[torch.Tensor] = []  # scratch memory that no module uses now: fresh memory costs page faults
         depths: list[int] = []  # how many were away when each running module was entered
         handles = []
 
         def swap(module: nn.Module, key: str, name: str) -> None:
+            if not any(direction.moves(name) for _, direction in current.terms):
+                return
             clean, theta = module._parameters[key], self.params[name]
-            scratch = torch.empty_like(theta)
+            memory = _taken(free, theta)
+            scratch = memory[: theta.numel()].view(theta.shape)
             if isinstance(module, nn.Embedding):
                 scratch = scratch.as_subclass(_DisplacedRows)
                 scratch.begin(theta, name, current.terms)
             else:
                 displace(scratch, theta, name, current.terms)
-            away.append((module, key, clean))
+            away.append((module, key, clean, memory))
             module._parameters[key] = scratch  # type: ignore[assignment]  # a plain tensor: no autograd, no registration
 
-        def swap_back(to_length: int) -> None:
+        def swap_back(to_length: int, output: Any = None) -> None:
             while len(away) > to_length:
-                module, key, clean = away.pop()
+                module, key, clean, memory = away.pop()
                 module._parameters[key] = clean
+                if not _shares_memory(output, memory):
+                    free.append(memory)
 
         def place(probe: Probe) -> None:
             nonlocal current
@@ -231,7 +237,7 @@ class _TransientWeights:
                     swap(module, key, name)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            swap_back(depths.pop())
+            swap_back(depths.pop(), output)
 
         try:
             for module in self.owners:
@@ -345,6 +351,24 @@ class _Watched(torch.Tensor):
                 if isinstance(leaf, _Watched) and "report" in leaf.__dict__:
                     leaf.report()
         return result
+
+
+def _taken(free: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Flat memory for a tensor: the smallest free piece that is large enough. Smaller ones are given up for a new one."""
+    suits = [x for x in free if x.dtype == like.dtype and x.device == like.device]
+    fitting = [x for x in suits if x.numel() >= like.numel()]
+    best = min(fitting, key=torch.Tensor.numel, default=None)
+    given_up = suits if best is None else [best]
+    free[:] = [x for x in free if not any(x is y for y in given_up)]
+    return torch.empty(like.numel(), dtype=like.dtype, device=like.device) if best is None else best
+
+
+def _shares_memory(output: Any, memory: torch.Tensor) -> bool:
+    """Whether a module returned its weight, or a part of it."""
+    place = memory.untyped_storage().data_ptr()
+    with torch._C.DisableTorchFunctionSubclass():
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided]
+        return any(leaf.untyped_storage().data_ptr() == place for leaf in leaves)
 
 
 class _DisplacedRows(torch.Tensor):

@@ -345,6 +345,34 @@ def test_an_embedding_is_displaced_where_it_is_read(monkeypatch):
         assert torch.equal(seen[0], whole[ids]) or module is other
 
 
+def test_a_module_that_returns_its_weight_keeps_it():
+    """Scratch memory is used again by the next module, but not while somebody still reads it."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 6))
+
+        def forward(self):
+            return {"rows": self.weight[1:]}
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.first, self.second = Table(), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self):
+            rows = self.table()["rows"]
+            return (self.second(self.first(torch.ones(6))) * rows).sum()
+
+    torch.manual_seed(0)
+    model = Model()
+    params = dict(model.named_parameters())
+    runtime = TorchRuntime(params, "transient", model)
+    assert runtime.losses(probes_of(params), model) == by_hand(params, probes_of(params), model)
+    assert not runtime._transient.copied
+
+
 def test_a_module_that_runs_twice_and_one_inside_itself():
     class Recursive(nn.Module):
         def __init__(self):
