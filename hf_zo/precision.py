@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 _LOSSES: set[Callable[..., Any]] = {
     nn.functional.cross_entropy,
@@ -26,22 +27,43 @@ _LOSSES: set[Callable[..., Any]] = {
 }
 
 
+@dataclass
+class LossesSeen:
+    """What a model's losses were taken from so far."""
+
+    wide: int = 0
+    narrow: int = 0
+
+
 class _Fp32Losses(TorchFunctionMode):
+    def __init__(self, seen: LossesSeen) -> None:
+        super().__init__()
+        self.seen = seen
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LOSSES:
-            args, kwargs = tree_map(_widened, (args, kwargs or {}))
+            if any(map(_is_narrow, tree_leaves((args, kwargs or {})))):
+                self.seen.narrow += 1
+                args, kwargs = tree_map(lambda x: x.float() if _is_narrow(x) else x, (args, kwargs or {}))
+            else:
+                self.seen.wide += 1
         return func(*args, **(kwargs or {}))
 
 
-def _widened(x: Any) -> Any:
-    return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
+def _is_narrow(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16)
 
 
 @contextmanager
-def fp32_losses(model: nn.Module) -> Iterator[None]:
-    """Take losses and log-softmaxes in fp32 while a model with any 16-bit weights runs."""
-    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
-        with _Fp32Losses():
-            yield
-    else:
+def fp32_losses(model: nn.Module, seen: LossesSeen | None = None) -> Iterator[None]:
+    """Take losses and log-softmaxes in fp32 while a model with any 16-bit weights runs.
+
+    Watching every operation takes a few microseconds each. With ``seen``, what one call sees is remembered, and a model that
+    has taken losses from fp32 alone is not watched any more.
+    """
+    seen = LossesSeen() if seen is None else seen
+    if (seen.wide and not seen.narrow) or not any(map(_is_narrow, model.parameters())):
+        yield
+        return
+    with _Fp32Losses(seen):
         yield

@@ -39,7 +39,7 @@ from .hub.model_card import FACTS_NAME, write_card
 from .objectives import OBJECTIVES, example_count, label_count
 from .optimizer import ZOOptimizer
 from .packing import Packing
-from .precision import fp32_losses
+from .precision import LossesSeen, fp32_losses
 from .runtimes import TorchRuntime
 from .runtimes.torch import Randomness, evaluation_mode
 from .tasks.scoring import OptionLabels
@@ -126,7 +126,7 @@ class ZOTrainerMixin(_Base):
             model = self._with_basis_adapter(model, args)
         super().__init__(model, args, *rest, **kwargs)
         self._check_model(self.model)
-        self._packing = self._packing_of(self.model)
+        self._packing, self._losses_seen = self._packing_of(self.model), LossesSeen()
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self._resolve_defaults()
 
@@ -266,7 +266,7 @@ class ZOTrainerMixin(_Base):
             if not self._calibrated and (self._resume_from is None or is_weightless(self._resume_from)):
                 self._calibrate()
         if self._packing.model is not model:
-            self._packing = self._packing_of(model)
+            self._packing, self._losses_seen = self._packing_of(model), LossesSeen()
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Resuming has loaded the weights by now, and PEFT loads a 16-bit adapter as fp32: the values are the same, but the
         # run would go on with other roundings.
@@ -529,12 +529,12 @@ class ZOTrainerMixin(_Base):
         score = OBJECTIVES[self.args.zo_objective]
         if self._objective_fn is None and score is None:
             return self._model_loss(model, inputs, num_items)
-        with self.compute_loss_context_manager(), fp32_losses(self.model):
+        with self.compute_loss_context_manager(), fp32_losses(self.model, self._losses_seen):
             value: Any = self._objective_fn(model, inputs) if self._objective_fn else score(self, model, inputs)  # type: ignore[misc]
         return torch.as_tensor(value, dtype=torch.float32, device=self.args.device)
 
     def _model_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> torch.Tensor:
-        with self.compute_loss_context_manager(), fp32_losses(self.model):
+        with self.compute_loss_context_manager(), fp32_losses(self.model, self._losses_seen):
             return self.compute_loss(model, inputs, num_items_in_batch=num_items).float()
 
     def _reads_labels_only(self, window: Sequence[Mapping[str, Any]]) -> bool:

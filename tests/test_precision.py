@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_zo.precision import fp32_losses
+from hf_zo.precision import LossesSeen, fp32_losses
 
 
 def bert(dtype, labels=2, problem=None):
@@ -133,3 +133,22 @@ def test_it_ends_with_the_block():
     with pytest.raises(ZeroDivisionError), fp32_losses(model):
         raise ZeroDivisionError
     assert functional.log_softmax(X.bfloat16(), -1).dtype == torch.bfloat16
+
+
+def test_a_model_that_takes_its_losses_in_fp32_is_watched_once():
+    """A causal language model upcasts by itself; a classifier is watched for good."""
+
+    def watched(loss, seen):
+        with fp32_losses(nn.Linear(1, 1).bfloat16(), seen):
+            loss()
+            return torch.overrides._get_current_function_mode() is not None
+
+    logits, labels = torch.randn(4, 3).bfloat16(), torch.tensor([0, 1, 2, 0])
+    seen = LossesSeen()
+    assert watched(lambda: None, seen)
+    assert watched(lambda: functional.cross_entropy(logits.float(), labels), seen)
+    assert not watched(lambda: None, seen)
+    seen = LossesSeen()
+    for _ in range(3):
+        assert watched(lambda: functional.cross_entropy(logits, labels), seen)
+    assert seen.narrow == 3
