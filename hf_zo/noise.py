@@ -130,7 +130,12 @@ def displace(
             displacements far below one ulp survive in expectation. Ignored for fp32 and fp64.
         rows: ``theta`` holds only these rows (int64, shape ``(len(theta),)``) of a matrix whose noise is meant.
     """
-    apply = _displace_numba if _numba_usable(out, theta) else _displace_torch
+    if _numba_usable(out, theta):
+        apply = _displace_numba
+    elif _triton_usable(out, theta, rounding_key):
+        apply = _displace_triton
+    else:
+        apply = _displace_torch
     apply(out, theta, keys, coefficients, kind, decay, rounding_key, rows)
     return out
 
@@ -352,4 +357,48 @@ def _displace_numba(
         rounding_key is not None,
         np.uint64(rounding_key or 0),
         torch.get_num_threads(),
+    )
+
+
+# ---- triton ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _triton() -> Any | None:
+    """`noise_triton`, or None where Triton is not installed (the torch implementation gives the same bits)."""
+    try:
+        from . import noise_triton
+    except ImportError:
+        return None
+    return noise_triton
+
+
+def _triton_usable(out: torch.Tensor, theta: torch.Tensor, rounding_key: int | None) -> bool:
+    if theta.device.type != "cuda" or (kernel := _triton()) is None:
+        return False
+    return bool(kernel.usable(out, theta, rounding_key is not None))
+
+
+def _displace_triton(
+    out: torch.Tensor,
+    theta: torch.Tensor,
+    keys: Sequence[int],
+    coefficients: Sequence[float],
+    kind: Kind,
+    decay: float,
+    rounding_key: int | None,
+    rows: torch.Tensor | None = None,
+) -> None:
+    kernel = _triton()
+    assert kernel is not None
+    kernel.run(
+        out.detach(),
+        theta.detach(),
+        None if rows is None else rows.to(theta.device),
+        [_signed(key) for key in keys],
+        list(coefficients),
+        _table_on(theta.device),
+        kind == "gaussian",
+        decay,
+        None if rounding_key is None else _signed(rounding_key),
     )
