@@ -2,8 +2,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+MODEL ?= runs/smollm2
 
-.PHONY: demo test quality replay-cards clean
+.PHONY: demo test bench quality replay-cards clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -13,8 +14,13 @@ test: quality
 
 # Rebuilds a reference run from base model and trajectory. DATASET_DIR: a local copy of SST-2; default: the Hub's.
 replay-cards: $(VENV)/.installed
-	test -d runs/smollm2 || $(BIN)/hf-zo demo-model runs/smollm2
-	$(BIN)/python model_cards/replay.py --model runs/smollm2 $(if $(DATASET_DIR),--dataset_dir $(DATASET_DIR))
+	test -d $(MODEL) || $(BIN)/hf-zo demo-model $(MODEL)
+	$(BIN)/python model_cards/replay.py --model $(MODEL) $(if $(DATASET_DIR),--dataset_dir $(DATASET_DIR))
+
+# Times steps against their forward passes and against the classic loop; takes half an hour on an idle machine.
+bench: $(VENV)/.installed
+	test -d $(MODEL) || $(BIN)/hf-zo demo-model $(MODEL)
+	$(BIN)/python benchmarks/speed.py --model $(MODEL) $(if $(DATASET_DIR),--dataset_dir $(DATASET_DIR))
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """How long a step takes against the forward passes it contains, and against the classic loop.
 
-    python benchmarks/speed.py --model MODEL [--dataset_dir SST2] [--only table sst2 noise sizes sweep]
+    python benchmarks/speed.py --model MODEL [--dataset_dir SST2] [--only table sst2 noise …]
 
 Three things are timed in turn, over and over in one process, so that a slow moment of the machine meets all of them:
 
@@ -16,17 +16,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from hardware import environment
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, TrainerCallback, default_data_collator
 
 from hf_zo import ZOTrainer, ZOTrainingArguments, noise
 from hf_zo.runtimes.torch import evaluation_mode
@@ -270,7 +274,89 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     return told
 
 
-PARTS = {"table": table, "sst2": sst2, "noise": draws, "sizes": sizes, "sweep": sweep}
+def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the Trainer's loop adds to a step: the time of a run less that of its steps and updates, LoRA."""
+    ours = Ours(load(arguments.model, "lora"), {}, fixed(4, 32, 49152), default_data_collator)
+    trainer, inside = ours.trainer, [0.0]
+    trainer.args.max_steps, trainer.args.logging_steps = 60, 10
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside[0] += time.perf_counter() - begin
+
+        return call
+
+    trainer.training_step = timed(trainer.training_step)  # type: ignore[method-assign]
+    trainer._zo_optimizer.step = timed(trainer._zo_optimizer.step)  # type: ignore[method-assign]
+    begins: list[tuple[float, float]] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            begins.append((time.perf_counter(), inside[0]))
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    outside = [(b[0] - a[0]) - (b[1] - a[1]) for a, b in pairwise(begins[10:])]
+    told = {"milliseconds_outside_the_step": round(1000 * statistics.median(outside), 2), "steps": len(outside)}
+    print("overhead", told, flush=True)
+    return told
+
+
+def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Two processes of one thread each on halves of a batch against one process of two threads on all of it."""
+    seconds: dict[str, list[float]] = {"one": [], "two": []}
+    for _ in range(max(2, arguments.repeats // 2)):
+        for name, processes in (("one", 1), ("two", 2)):
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", __file__]
+            environ = {**os.environ, "OMP_NUM_THREADS": str(2 // processes)}
+            done = subprocess.run(
+                [*command, "--model", arguments.model, "--rank"], capture_output=True, text=True, env=environ, check=True
+            )
+            seconds[name].append(float(done.stdout.strip().splitlines()[-1]))
+    told = {f"{name}_seconds": round(statistics.median(values), 4) for name, values in seconds.items()}
+    told["two_over_one"] = ratio(seconds["two"], seconds["one"])
+    print("ranks", told, flush=True)
+    return told
+
+
+def _rank(model_dir: str) -> None:
+    """One of the processes of `ranks`; the first prints the median time of a step."""
+    processes = int(os.environ["WORLD_SIZE"])
+    model, rows = load(model_dir, "full"), fixed(16, 64, 49152)
+    arguments = ZOTrainingArguments(
+        output_dir="runs/speed",
+        max_steps=12,
+        learning_rate=1e-9,
+        per_device_train_batch_size=len(rows) // processes,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    begins: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            begins.append(time.perf_counter())
+
+    ZOTrainer(model, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[Clock()]).train()
+    if os.environ["RANK"] == "0":
+        print(statistics.median(b - a for a, b in pairwise(begins[2:])))
+
+
+PARTS = {
+    "table": table,
+    "sst2": sst2,
+    "noise": draws,
+    "sizes": sizes,
+    "sweep": sweep,
+    "overhead": overhead,
+    "ranks": ranks,
+}
 
 
 def main() -> None:
@@ -281,7 +367,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed.json"))
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rank:
+        _rank(arguments.model)
+        return
     torch.manual_seed(0)
     told = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     for name in arguments.only:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import tracemalloc
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -439,3 +441,26 @@ def test_resuming_a_first_order_run_is_refused(tmp_path: Path) -> None:
 def test_resuming_from_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no complete checkpoint"):
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["mezo", "bszo", "zo_act"])
+def test_no_allocation_grows_over_steps(case: str, tmp_path: Path) -> None:
+    """Between step 50 and step 550 no tensor is added, and memory only for the log: a few numbers a step."""
+    counted: dict[int, tuple[int, int]] = {}
+
+    def count(hook: str, step: int, kwargs: Any) -> None:
+        if hook == "on_step_end" and step in (50, 550):
+            gc.collect()
+            counted[step] = (sum(type(x) is torch.Tensor for x in gc.get_objects()), tracemalloc.get_traced_memory()[0])
+
+    trainer = trainer_of(tmp_path, case, max_steps=551, logging_steps=10_000)
+    trainer.add_callback(Recorder(count))
+    tracemalloc.start()
+    try:
+        trainer.train()
+    finally:
+        tracemalloc.stop()
+    (tensors, memory), (tensors_later, memory_later) = counted[50], counted[550]
+    assert tensors_later <= tensors
+    assert memory_later - memory < 500 * 1024
