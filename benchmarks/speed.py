@@ -274,6 +274,31 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     return told
 
 
+def batched(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Two forward passes against one over both batches: what putting the probes of an adapter into one forward could save."""
+    model, told = load(arguments.model, "full"), {}
+
+    def forward(rows: int, tokens: int) -> Callable[[], None]:
+        ids = torch.randint(10, 49152, (rows, tokens), generator=torch.Generator().manual_seed(0))
+
+        @torch.no_grad()
+        def run() -> None:
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+        return run
+
+    for rows, tokens in ((4, 25), (8, 25), (8, 50), (16, 64)):
+        one = forward(rows, tokens)
+        timed = {"two_forwards": lambda one=one: (one(), one())[0], "one_of_both": forward(2 * rows, tokens)}
+        seconds = in_turn(timed, arguments.repeats)
+        told[f"{rows * tokens} tokens"] = {
+            **{f"{name}_seconds": round(statistics.median(values), 4) for name, values in seconds.items()},
+            "two_over_one": ratio(seconds["two_forwards"], seconds["one_of_both"]),
+        }
+    print("batched", told, flush=True)
+    return told
+
+
 def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the Trainer's loop adds to a step: the time of a run less that of its steps and updates, LoRA."""
     ours = Ours(load(arguments.model, "lora"), {}, fixed(4, 32, 49152), default_data_collator)
@@ -354,6 +379,7 @@ PARTS = {
     "noise": draws,
     "sizes": sizes,
     "sweep": sweep,
+    "batched": batched,
     "overhead": overhead,
     "ranks": ranks,
 }

@@ -193,7 +193,9 @@ class ZOTrainerMixin(_Base):
 
     def _packing_of(self, model: nn.Module) -> Packing:
         # A subclass with a compute_loss of its own reads the outputs in ways that nobody can foresee.
-        return Packing(model, self.args.zo_packing and type(self).compute_loss is ZOTrainerMixin.compute_loss)
+        # A compiled model calls no hooks, and every new shape would have to be compiled.
+        own = type(self).compute_loss is ZOTrainerMixin.compute_loss
+        return Packing(model, self.args.zo_packing and own and not self.args.torch_compile)
 
     def _check_model(self, model: nn.Module) -> None:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -285,7 +287,8 @@ class ZOTrainerMixin(_Base):
             if chosen
         ]
         estimator: Estimator = METHODS[self.args.zo_method](space_of(params), **self.args.estimator_kwargs())
-        self._runtime = TorchRuntime(params, self.args.zo_restore, model)
+        # A compiled model calls no hooks: without the model, the runtime mutates weights in place and restores them.
+        self._runtime = TorchRuntime(params, self.args.zo_restore, None if self.args.torch_compile else model)
         self.optimizer = ZOOptimizer(groups, {p: name for name, p in params.items()}, estimator, inner)
         bases = [basis_of(layer) for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
         self._agree_on_weights([*params.values(), *bases])

@@ -79,6 +79,7 @@ class ZOTrainingArguments(TrainingArguments):
             `hf_zo.objectives`. Scores are step functions of the weights: use a large `zo_eps` and large batches.
         zo_restore (`str`, defaults to `"auto"`):
             How the weights survive the probes: `"copy"`, `"transient"` or `"in_place"`, see `hf_zo.runtimes.torch`.
+            With `torch_compile`, `"auto"` means `"copy"` and `"transient"` is refused: a compiled model calls no hooks.
         zo_packing (`bool`, defaults to `True`):
             Spend nothing on padding and compute logits only where a label or an option is read (`hf_zo.packing`). The first
             batch is measured both ways; where its loss would not be the same, batches stay as they come.
@@ -204,6 +205,11 @@ class ZOTrainingArguments(TrainingArguments):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} does not exist; choose one of {', '.join(allowed)}.")
+        if self.zo_restore == "transient" and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
+            raise ValueError(
+                "zo_restore='transient' works by hooks, which a compiled model does not call; with torch_compile use 'auto' or "
+                "'copy', which mutate the weights in place and put them back."
+            )
         if not self.zo_save_weights and not self.zo_trajectory:
             raise ValueError("zo_save_weights=False keeps the trajectory instead of weights; leave zo_trajectory at True.")
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:

@@ -25,6 +25,7 @@ from support import (
     weights_of,
 )
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -464,3 +465,37 @@ def test_no_allocation_grows_over_steps(case: str, tmp_path: Path) -> None:
     (tensors, memory), (tensors_later, memory_later) = counted[50], counted[550]
     assert tensors_later <= tensors
     assert memory_later - memory < 500 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["full", "lora"])
+@pytest.mark.parametrize("restore", ["auto", "in_place"])
+def test_a_compiled_model_takes_the_same_steps_and_is_compiled_once(restore: str, form: str, tmp_path: Path) -> None:
+    """Weights are mutated in place, so nothing is compiled again once every width of the padded batches has been met."""
+
+    def padded(rows: list[Any]) -> dict[str, torch.Tensor]:
+        width = -(-max(len(row["input_ids"]) for row in rows) // 4) * 4  # 8 or 12
+        return {key: x[:, :width] for key, x in collate(rows).items()}
+
+    def run(**more: Any) -> Any:
+        trainer = trainer_of(
+            tmp_path, form=form, zo_restore=restore, zo_packing=False, max_steps=20, per_device_train_batch_size=2, **more
+        )
+        trainer.data_collator = padded
+        graphs: list[int] = []
+        see = lambda hook, step, kwargs: graphs.append(counters["stats"]["unique_graphs"]) if hook == "on_step_end" else None  # noqa: E731
+        trainer.add_callback(Recorder(see))
+        trainer.train()
+        return trainer, graphs
+
+    torch._dynamo.reset()
+    counters.clear()
+    plain, _ = run()
+    compiled, graphs = run(torch_compile=True, torch_compile_backend="aot_eager")
+    assert graphs[-1] > 0
+    assert graphs[-1] == graphs[9]
+    losses = [[e["loss"] for e in trainer.state.log_history if "loss" in e] for trainer in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert_close = torch.testing.assert_close
+    for name, p in weights_of(plain.model).items():
+        assert_close(weights_of(compiled.model)[name], p, rtol=0, atol=1e-5)

@@ -43,6 +43,7 @@ NAN = float("nan")
         ({"zo_direction": "cauchy"}, "zo_direction", "rademacher"),
         ({"zo_nonfinite": "ignore"}, "zo_nonfinite", "skip"),
         ({"zo_restore": "undo"}, "zo_restore", "transient"),
+        ({"zo_restore": "transient", "torch_compile": True}, "zo_restore", "copy"),
         ({"zo_parallel": "model"}, "zo_parallel", "directions"),
         ({"zo_method": "adam"}, "zo_method", "mezo"),
         ({"zo_method": "adam", "zo_num_directions": 2}, "zo_method", "mezo"),
