@@ -13,29 +13,25 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from .adapters import adapted_layers, attach, basis_of, calibrate, check_basis, freeze_basis, packed_weights_kept
+from .adapters import adapted_layers, attach, basis_of, calibrate, check_basis, freeze_basis
+from .checkpoints import TrajectoryCheckpoints, is_weightless
 from .directions import Probe, space_of
 from .estimators import METHODS, Estimator
 from .hub.callbacks import ZOTrainerCallback, card_of
-from .hub.model_card import FACTS_NAME, write_card
 from .objectives import OBJECTIVES, example_count, label_count
 from .optimizer import ZOOptimizer
 from .packing import Packing
@@ -44,38 +40,15 @@ from .runtimes import TorchRuntime
 from .runtimes.torch import Randomness, evaluation_mode
 from .tasks.scoring import OptionLabels
 from .training_args import Trained, ZOTrainingArguments, recommended
-from .trajectory import (
-    LOG_NAME,
-    SEALED_NAME,
-    Step,
-    Trajectory,
-    TrajectoryError,
-    TrajectoryLog,
-    content_hash,
-    header_of,
-    narrowed,
-    restore_start,
-    verify_start,
-    walk,
-)
 
 logger = logging.getLogger(__name__)
-
-# The mixin goes in front of any Trainer subclass; type checkers may take it for a Trainer itself.
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
-
-
-_START_NAME = "trajectory.start.safetensors"
 
 
 class NonFiniteLossError(FloatingPointError):
     """A probe gave NaN or infinity. The weights are restored and nothing was applied."""
 
 
-class ZOTrainerMixin(_Base):
+class ZOTrainerMixin(TrajectoryCheckpoints):
     """Turns a Trainer subclass into a forward-only one: ``class MyTrainer(ZOTrainerMixin, Seq2SeqTrainer)``.
 
     The training arguments must derive from `ZOTrainingArguments`; for a trainer with arguments of its own, combine them:
@@ -118,9 +91,6 @@ class ZOTrainerMixin(_Base):
         self._runtime: TorchRuntime | None = None
         self._last_loss = math.nan
         self._calibrated = False
-        self._resume_from: str | None = None
-        self._log: TrajectoryLog | None = None
-        self._losses: list[float] = []
         self._metrics_of_step: dict[str, float] = {}
         if args.zo_method == "zo_act" and model is not None:
             model = self._with_basis_adapter(model, args)
@@ -303,137 +273,13 @@ class ZOTrainerMixin(_Base):
             for p in params:
                 torch.distributed.broadcast(p.detach().view(-1).view(torch.uint8), src=0)
 
-    @property
-    def _zo_optimizer(self) -> ZOOptimizer:
-        # accelerate wraps the optimizer during training
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        assert isinstance(optimizer, ZOOptimizer)
-        return optimizer
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; ``resume_from_checkpoint=True`` takes the last *complete* checkpoint.
-
-        A process that is killed while it saves leaves a folder without the state that is written last.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} has no complete checkpoint.")
-        self._resume_from = resume_from_checkpoint or None
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; callbacks that look at the trainer get to know it first."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ZOTrainerCallback):
                 callback.trainer = self
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self._resume_from = None
-            (Path(str(self.args.output_dir)) / _START_NAME).unlink(missing_ok=True)
+        return super().train(*args, **kwargs)
 
-    # ---- saving and resuming ---------------------------------------------------------------------------------------
-
-    def _open_log(self) -> None:
-        """Open the log of this run: anew, or with the steps of the checkpoint that is resumed."""
-        optimizer, self._log = self._zo_optimizer, None
-        if not self.args.should_save:
-            return
-        folder = Path(str(self.args.output_dir))
-        if self._resume_from is not None:
-            if not (Path(self._resume_from) / SEALED_NAME).is_file():
-                logger.warning("%s has no trajectory, so this run writes none: it would begin midway.", self._resume_from)
-                return
-            start = Trajectory.read(self._resume_from)
-        elif optimizer.estimator.state or (optimizer.inner is not None and optimizer.inner.state):
-            logger.warning("This run goes on with the state of the one before, so it writes no trajectory.")
-            return
-        else:
-            schedule = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
-            header, stored = header_of(self.model, optimizer, self.args.estimator_kwargs(), schedule)
-            start = Trajectory(header, [], stored)
-        self._log = TrajectoryLog(folder / LOG_NAME, start)
-        if not self.args.zo_save_weights and self.args.load_best_model_at_end:
-            # The best checkpoint is walked to from the start, which by then has been trained over.
-            save_file({name: p.detach().clone() for name, p in optimizer.params.items()}, folder / _START_NAME)
-
-    def _record(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Log the step that was just applied."""
-        if self._log is not None:
-            rates = narrowed([float(group["lr"]) for group in optimizer.param_groups])
-            self._log.append(Step(tuple(self._losses), rates, optimizer.last_was_skipped))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's, with the trajectory; a checkpoint without weights if ``zo_save_weights`` is False.
-
-        A quantised base stays what it is.
-        """
-        folder = Path(output_dir or str(self.args.output_dir))
-        if _internal_call and not self.args.zo_save_weights:
-            if self.args.should_save:
-                folder.mkdir(parents=True, exist_ok=True)
-                self.model.config.save_pretrained(folder)
-                torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        else:
-            with packed_weights_kept(self.model):
-                super().save_model(output_dir, _internal_call)
-        if self._log is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._log.seal(folder / SEALED_NAME, content_hash(self._zo_optimizer.params))
-        if self.args.should_save and (folder / FACTS_NAME).is_file():  # PEFT has just written a card of its own over ours
-            write_card(json.loads((folder / FACTS_NAME).read_text()), folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The Trainer's; beside a trajectory that replaces weights the schedule alone."""
-        if self.args.zo_save_weights:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save and self.lr_scheduler is not None:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The Trainer's; a checkpoint without weights is replayed once the optimizer exists."""
-        if not is_weightless(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The Trainer's; a checkpoint without weights is walked to from the base model."""
-        if checkpoint is None or not is_weightless(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        trajectory = Trajectory.read(checkpoint)
-        self._walk_from_start(trajectory, verified=True)
-        assert self.lr_scheduler is not None
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-        for group, lr in zip(self._zo_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
-
-    def _walk_from_start(self, trajectory: Trajectory, verified: bool) -> None:
-        optimizer = self._zo_optimizer
-        params = optimizer.params
-        restore_start(params, trajectory)
-        if verified:
-            verify_start(self.model, params, trajectory)
-        log = self._log
-        self._log = None  # these steps are in it
-        walk(optimizer, trajectory)
-        self._log = log
-        if content_hash(params) != trajectory.header["final_hash"]:
-            raise TrajectoryError("Replaying the checkpoint's trajectory did not end at its weights (content hash).")
-
-    def _load_best_model(self) -> None:
-        """The Trainer's; the best checkpoint without weights is walked to from the start of the run."""
-        best = self.state.best_model_checkpoint
-        if best is None or not is_weightless(best):
-            super()._load_best_model()
-            return
-        logger.info("Replaying the best checkpoint, %s.", best)
-        optimizer = self._zo_optimizer
-        start = load_file(Path(str(self.args.output_dir)) / _START_NAME)
-        with torch.no_grad():
-            for name, p in optimizer.params.items():
-                p.copy_(start[name])
-        optimizer.reset()
-        self._walk_from_start(Trajectory.read(best), verified=False)
-        self.accelerator.wait_for_everyone()  # before the start is deleted
-
-    # ---- the step ----
     # ---- the step --------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -637,25 +483,6 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
     Takes what `Trainer` takes, with `ZOTrainingArguments`, and ``objective_fn`` (see `ZOTrainerMixin`). ``optimizers`` may
     hold any torch optimizer over the model's parameters; it is fed the estimate as ``.grad``.
     """
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The checkpoint with the highest step whose ``trainer_state.json``, written last, can be read."""
-    for folder in sorted(Path(output_dir).glob("checkpoint-*"), key=lambda f: -int(f.name.split("-")[-1])):
-        try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete and left out.", folder)
-        else:
-            return str(folder)
-    return None
-
-
-def is_weightless(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint holds a trajectory and no weights."""
-    folder = Path(checkpoint)
-    weights = ("*model*.safetensors", "*model*.bin", "*model*.json")
-    return (folder / SEALED_NAME).is_file() and not any(any(folder.glob(pattern)) for pattern in weights)
 
 
 def trained_kind(model: nn.Module) -> Trained:
