@@ -172,7 +172,8 @@ class Packing:
     def _keeps_apart(self, inputs: dict[str, Any], loss: Loss) -> bool:
         """Whether the other sequences' logits stay, to the bit, when the first sequence's tokens change.
 
-        All sequences are put into one row for this, so that they are neighbours.
+        All sequences are put into one row for this, so that they are neighbours. A mixture of experts groups the tokens of all
+        sequences, which may change the last bits: it then keeps its rows.
         """
         changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
         changed["input_ids"][0] = torch.where(changed["input_ids"][0] > 0, changed["input_ids"][0] - 1, 1)
