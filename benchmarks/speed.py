@@ -27,6 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import torch
 from hardware import environment
 from peft import LoraConfig, get_peft_model
@@ -35,6 +36,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 from hf_zo import ZOTrainer, ZOTrainingArguments, noise
 from hf_zo.runtimes.torch import evaluation_mode
 from hf_zo.tasks import OptionCollator, encode_rows, get_task, load_rows, option_loss
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 # Case: form, settings.
@@ -385,6 +389,27 @@ PARTS = {
 }
 
 
+def figure(told: dict[str, Any], output: Path) -> None:
+    """Bars: the forward passes of a step, what is on top of them, and the classic loop where it was timed."""
+    panels = [(part, title) for part, title in (("table", "16 x 64 tokens"), ("sst2", "SST-2, 16 examples")) if part in told]
+    if not panels:
+        return
+    _, axes = plt.subplots(1, len(panels), figsize=(4 + 3 * len(panels), 3.6), squeeze=False, layout="constrained")
+    for axis, (part, title) in zip(axes[0], panels, strict=True):
+        cases = told[part]["cases"]
+        for place, values in enumerate(cases.values()):
+            bare, step = values["bare_seconds"], values["step_seconds"]
+            axis.bar(place, bare, 0.5, color="tab:blue", label="its forward passes" if place == 0 else None)
+            axis.bar(place, max(0.0, step - bare), 0.5, bare, color="tab:orange", label="the rest" if place == 0 else None)
+            if "classic_seconds" in values:
+                label = "classic loop" if place == 0 else None
+                axis.plot([place - 0.35, place + 0.35], [values["classic_seconds"]] * 2, color="black", label=label)
+        axis.set(title=title, ylabel="seconds a step")
+        axis.set_xticks(range(len(cases)), list(cases), rotation=40, ha="right")
+        axis.legend(fontsize="small")
+    plt.savefig(output, dpi=150)
+
+
 def main() -> None:
     """Time what is asked for and add it to the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -404,6 +429,7 @@ def main() -> None:
         command = f"python benchmarks/speed.py --model smollm2 --dataset_dir sst2 --only {name} --repeats {arguments.repeats}"
         told[name] = {"command": command, **environment(), "threads": torch.get_num_threads(), "cases": PARTS[name](arguments)}
         arguments.output.write_text(json.dumps(told, indent=1) + "\n")
+    figure(told, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
