@@ -65,6 +65,7 @@ class Packing:
     Args:
         model: the model that is called, with or without PEFT.
         enabled: False keeps every batch as it came.
+        in_rows: False leaves sequences in rows of their own, as for a runtime that wastes nothing on padding.
 
     Attributes:
         model: the model.
@@ -73,7 +74,7 @@ class Packing:
         computed: tokens that were computed for them, padding included.
     """
 
-    def __init__(self, model: nn.Module, enabled: bool = True) -> None:
+    def __init__(self, model: nn.Module, enabled: bool = True, in_rows: bool = True) -> None:
         self.model = model
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -85,7 +86,8 @@ class Packing:
         self._causal = shifts_labels(model)
         self._labels_in_model = self._causal and not virtual
         self._may_pack = (
-            self._labels_in_model
+            in_rows
+            and self._labels_in_model
             and "position_ids" in inspect.signature(base.forward).parameters
             and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
         )

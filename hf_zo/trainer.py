@@ -16,6 +16,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from .packing import Packing
 from .precision import LossesSeen, fp32_losses
 from .runtimes import TorchRuntime
 from .runtimes.torch import Randomness, evaluation_mode
+from .runtimes.vllm import Engine
 from .tasks.scoring import OptionLabels
 from .training_args import Trained, ZOTrainingArguments, recommended
 
@@ -96,6 +98,7 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
             model = self._with_basis_adapter(model, args)
         super().__init__(model, args, *rest, **kwargs)
         self._check_model(self.model)
+        self._engine = Engine(self.model) if args.zo_runtime == "vllm" else None
         self._packing, self._losses_seen = self._packing_of(self.model), LossesSeen()
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self._resolve_defaults()
@@ -149,7 +152,7 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
     def plain_forward(self, inputs: Mapping[str, Any]) -> None:
         """One forward pass as training makes it, under the weights as they stand."""
         with self.compute_loss_context_manager():
-            self.compute_loss(self.model, dict(inputs))
+            super().compute_loss(self.model, dict(inputs))
 
     def _training_rows(self, wanted: int) -> list[Any]:
         """``wanted`` training rows: evenly spread where the data set has a length, else the first."""
@@ -165,7 +168,8 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
         # A subclass with a compute_loss of its own reads the outputs in ways that nobody can foresee.
         # A compiled model calls no hooks, and every new shape would have to be compiled.
         own = type(self).compute_loss is ZOTrainerMixin.compute_loss
-        return Packing(model, self.args.zo_packing and own and not self.args.torch_compile)
+        enabled = self.args.zo_packing and own and not self.args.torch_compile
+        return Packing(model, enabled, in_rows=self._engine is None)
 
     def _check_model(self, model: nn.Module) -> None:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -343,6 +347,12 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
         counts = [label_count(self.model, inputs) if per_label else example_count(inputs) for inputs in window]
         weights = [1.0 if scaled else float(count) for count in counts]
         total = sum(weights)
+        if self._engine is not None and not self._engine.checked:
+            inputs = window[0]
+            self._engine.check(
+                float(self._model_loss(model, dict(inputs), num_items)),
+                float(super().compute_loss(model, dict(inputs), num_items_in_batch=num_items)),  # type: ignore[arg-type]
+            )
         if self._reads_labels_only(window):
             window = [self._packing(inputs, lambda batch: self._model_loss(model, batch, num_items)) for inputs in window]
 
@@ -406,7 +416,8 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; the head of the model runs where a rewritten batch wants it."""
-        with self._packing.reading(inputs) as taken:
+        serving = nullcontext() if self._engine is None else self._engine.serving()
+        with self._packing.reading(inputs) as taken, serving:
             return super().compute_loss(model, taken, *args, **kwargs)
 
     def _loss_is_scaled(self, num_items: torch.Tensor | int | None) -> bool:

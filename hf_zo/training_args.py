@@ -77,6 +77,9 @@ class ZOTrainingArguments(TrainingArguments):
         zo_objective (`str`, defaults to `"loss"`):
             What a probe measures: the training loss, or a registered score (`"accuracy"`, `"f1"`), see
             `hf_zo.objectives`. Scores are step functions of the weights: use a large `zo_eps` and large batches.
+        zo_runtime (`str`, defaults to `"torch"`):
+            Who computes the forward passes of the training and of evaluation losses: `"torch"`, or `"vllm"`, an engine in this
+            process that reads the model's own weights (`hf_zo.runtimes.vllm`; causal language models).
         zo_restore (`str`, defaults to `"auto"`):
             How the weights survive the probes: `"copy"`, `"transient"` or `"in_place"`, see `hf_zo.runtimes.torch`.
             With `torch_compile`, `"auto"` means `"copy"` and `"transient"` is refused: a compiled model calls no hooks.
@@ -136,6 +139,7 @@ class ZOTrainingArguments(TrainingArguments):
     zo_clip: float | None = field(default=None, metadata={"help": "Bound on the absolute projected gradient."})
     zo_nonfinite: str = field(default="raise", metadata={"help": "On a non-finite loss: 'raise' or 'skip'."})
     zo_objective: str = field(default="loss", metadata={"help": "What a probe measures: 'loss', 'accuracy', 'f1'."})
+    zo_runtime: str = field(default="torch", metadata={"help": "Who computes the forward passes: 'torch' or 'vllm'."})
     zo_restore: Restore = field(default="auto", metadata={"help": "'auto', 'copy', 'transient' or 'in_place'."})
     zo_packing: bool = field(default=True, metadata={"help": "No padding and no unread logits, where losses stay the same."})
     zo_trajectory: bool = field(default=True, metadata={"help": "Write trajectory.safetensors beside the checkpoints."})
@@ -201,6 +205,7 @@ class ZOTrainingArguments(TrainingArguments):
             "zo_nonfinite": ("raise", "skip"),
             "zo_restore": get_args(Restore),
             "zo_parallel": ("data", "directions"),
+            "zo_runtime": ("torch", "vllm"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

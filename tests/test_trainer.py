@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import tracemalloc
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from support import (
     Recorder,
     Sentences,
@@ -39,6 +41,7 @@ from transformers import (
 )
 
 from hf_zo import ZOTrainer, ZOTrainerMixin, ZOTrainingArguments
+from hf_zo.runtimes.vllm import Engine, EngineError
 from hf_zo.training_args import RECOMMENDED
 
 
@@ -499,3 +502,15 @@ def test_a_compiled_model_takes_the_same_steps_and_is_compiled_once(restore: str
     assert_close = torch.testing.assert_close
     for name, p in weights_of(plain.model).items():
         assert_close(weights_of(compiled.model)[name], p, rtol=0, atol=1e-5)
+
+
+def test_a_missing_engine_is_told_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
+    with pytest.raises(EngineError, match="pip install 'hf-zo"):
+        trainer_of(tmp_path, zo_runtime="vllm")
+
+
+def test_an_engine_has_no_virtual_tokens() -> None:
+    prompted = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(EngineError, match="virtual tokens"):
+        Engine(prompted)

@@ -45,6 +45,7 @@ NAN = float("nan")
         ({"zo_restore": "undo"}, "zo_restore", "transient"),
         ({"zo_restore": "transient", "torch_compile": True}, "zo_restore", "copy"),
         ({"zo_parallel": "model"}, "zo_parallel", "directions"),
+        ({"zo_runtime": "sglang"}, "zo_runtime", "vllm"),
         ({"zo_method": "adam"}, "zo_method", "mezo"),
         ({"zo_method": "adam", "zo_num_directions": 2}, "zo_method", "mezo"),
         ({"zo_eps": 0.0}, "zo_eps", "positive"),
