@@ -79,10 +79,6 @@ class DenseDirection(Direction):
         """The direction of tensor ``name`` as factors and keys of noise streams; none if the tensor stays where it is."""
         return [(1.0, self.key(name))]
 
-    def moves(self, name: str) -> bool:
-        """Whether tensor ``name`` is perturbed at all."""
-        return True
-
     def sample(self, name: str) -> torch.Tensor:
         """The direction of tensor ``name``."""
         spec = self.space[name]

@@ -192,8 +192,7 @@ def displace_low_rank(
             value = value + product(left[piece], right_t).to(accumulator) * a
         if rounding_key is not None and theta.dtype in (torch.bfloat16, torch.float16):
             here = torch.arange(piece.start, piece.stop, device=theta.device) if rows is None else rows[piece]
-            where = (here[:, None] * size + torch.arange(size, device=theta.device)).view(-1)
-            value = _stochastic(value.view(-1), rounding_key, where, theta.dtype)
+            value = _stochastic(value.view(-1), rounding_key, _positions(here, size), theta.dtype)
         out[piece] = value.view(theta[piece].shape).to(theta.dtype)
     return out
 
@@ -235,6 +234,11 @@ def _mixed(key: int, counters: torch.Tensor) -> torch.Tensor:
 
 Where = range | torch.Tensor
 """Elements of a stream: a range, or their numbers (int64)."""
+
+
+def _positions(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Numbers of the elements of chosen rows of ``size`` elements each."""
+    return (rows[:, None] * size + torch.arange(size, device=rows.device)).view(-1)
 
 
 def _torch_fields(key: int, where: Where, width: int, device: torch.device) -> torch.Tensor:
@@ -284,8 +288,7 @@ def _displace_torch(
     destination = target.view(-1)
     positions = None
     if rows is not None:
-        size = theta[0].numel()
-        positions = (rows.to(theta.device)[:, None] * size + torch.arange(size, device=theta.device)).view(-1)
+        positions = _positions(rows.to(theta.device), theta[0].numel())
     for start in range(0, source.numel(), _CHUNK):
         value = source[start : start + _CHUNK].to(accumulator)
         where: Where = range(start, start + value.numel()) if positions is None else positions[start : start + _CHUNK]

@@ -26,11 +26,6 @@ _LINE = 32  # elements between two fetches: one cache line of bf16
 
 
 @intrinsic
-def _bits_of(_context, x):
-    return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-@intrinsic
 def _float_of(_context, x):
     return types.float32(types.uint32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())
 
