@@ -1,28 +1,25 @@
 """`noise.displace` and `noise.energy` for contiguous CPU tensors, compiled by numba: one read and one write of the weights.
 
-Blocks of 1,024 elements pass through small buffers that stay in the first-level cache beside the table: words, then noise,
-then fp32 values, then the rounded result. The time goes into looking up the table, so half of it is enough (it is
-antisymmetric), and the weights of a later block are fetched meanwhile. bf16 tensors arrive as uint16 and fp32 tensors as
-uint32, because numba has no bf16. numba does not contract a product and a sum into a fused multiply-add, which the
+Blocks of 1,024 elements pass through small buffers that stay in the first-level cache: words of the generator, fp32 values, the
+rounded result. Every loop is of a kind that compilers turn into vector instructions. bf16 tensors arrive as uint16 and fp32
+tensors as uint32, because numba has no bf16. numba does not contract a product and a sum into a fused multiply-add, which the
 agreement with the torch implementation relies on.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, call-arg"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, call-arg, call-overload"
 
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import float32, prange, types, uint16, uint32, uint64
-from numba.core import cgutils
+from numba import float32, int32, int64, prange, types, uint32, uint64
 from numba.extending import intrinsic
 
-from .noise import _MIX_1, _MIX_2, GOLDEN
+from .noise import _MIX_1, _MIX_2, GOLDEN, QUANTILE
 
 _GOLDEN, _MIXER_1, _MIXER_2 = np.uint64(GOLDEN), np.uint64(_MIX_1), np.uint64(_MIX_2)
+_C0, _C1, _C2 = np.array(QUANTILE, dtype=np.float32)
 _BLOCK = 1024
 _BLOCKS_PER_TASK = 64
 _SERIAL_BELOW = 1 << 15  # starting a parallel region costs about as much as this many elements
-_AHEAD = 2 * _BLOCK  # elements between what is read and what is fetched
-_LINE = 32  # elements between two fetches: one cache line of bf16
 
 
 @intrinsic
@@ -31,19 +28,8 @@ def _float_of(_context, x):
 
 
 @intrinsic
-def _prefetch(_context, array, index):
-    """Ask for the cache line of ``array[index]``, which may lie beyond the end."""
-
-    def generate(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        fetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-        address = builder.bitcast(builder.gep(data, [args[1]]), byte)
-        builder.call(fetch, [address, number(0), number(3), number(1)])  # to read, into every cache, data
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
+def _bits_of(_context, x):
+    return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
 
 
 @numba.njit(inline="always")
@@ -57,22 +43,11 @@ def _fill_words(words, count, key, first):
 
 
 @numba.njit(inline="always")
-def _fill_gaussian(z, words, index, first, count, key, upper_half, theta, ahead):
-    """Noise of ``4 * count`` elements from word ``first``, while the weights from ``ahead`` on are fetched."""
-    fields = words.view(np.uint16)
-    _fill_words(words, count, key, first)
-    n = 4 * count
-    for i in range(n):  # the entries of the lower half are those of the upper half, mirrored
-        index[i] = (fields[i] ^ uint16((fields[i] >> uint16(15)) - uint16(1))) & uint16(0x7FFF)
-    lines = n // _LINE
-    for c in range(lines):
-        _prefetch(theta, ahead + c * _LINE)
-        for i in range(c * _LINE, c * _LINE + _LINE):
-            z[i] = upper_half[index[i]]
-    for i in range(lines * _LINE, n):
-        z[i] = upper_half[index[i]]
-    for i in range(n):
-        z[i] ^= (uint32(fields[i] >> uint16(15)) ^ uint32(1)) << uint32(31)
+def _gaussian(field):
+    """What `noise.normal_table` holds for ``field``."""
+    s = (float32(field) - float32(32767.5)) * float32(2.0**-15)
+    w = float32(int32(int32(0x3F800000) - int32(_bits_of(float32(1.0) - s * s))))
+    return s * ((w * _C2 + _C1) * w + _C0)
 
 
 @numba.njit(inline="always")
@@ -128,14 +103,13 @@ def _run_blocks(
     last_block,
     keys,
     factors,
-    upper_half,
     gaussian,
     decay,
     stochastic,
     rounding_key,
 ):
     words = np.empty(_BLOCK // 4 + 1, np.uint64)
-    index = np.empty(_BLOCK + 4, np.uint16)
+    fields = words.view(np.uint16)
     z = np.empty(_BLOCK + 64, np.uint32)
     value = np.empty(_BLOCK, np.float32)
     raw = value.view(np.uint32)
@@ -151,29 +125,26 @@ def _run_blocks(
             factor = factors[k]
             if gaussian:
                 skip = there % 4
-                _fill_gaussian(z, words, index, there // 4, (skip + n + 3) // 4, keys[k], upper_half, theta, here + _AHEAD)
+                _fill_words(words, (skip + n + 3) // 4, keys[k], there // 4)
+                for i in range(n):
+                    value[i] = value[i] + factor * _gaussian(fields[skip + i])
             else:
                 skip = there % 64
                 _fill_rademacher(z, words, there // 64, (skip + n + 63) // 64, keys[k])
-            noise = z[skip : skip + n]
-            for i in range(n):
-                value[i] = value[i] + factor * _float_of(noise[i])
+                for i in range(n):
+                    value[i] = value[i] + factor * _float_of(z[skip + i])
         _round(target, raw, n, narrow, stochastic, rounding_key, there, words)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def _run_parallel(
-    out, theta, narrow, starts, size, blocks, keys, factors, upper_half, gaussian, decay, stochastic, rounding_key
-):
+def _run_parallel(out, theta, narrow, starts, size, blocks, keys, factors, gaussian, decay, stochastic, rounding_key):
     for t in prange((blocks + _BLOCKS_PER_TASK - 1) // _BLOCKS_PER_TASK):
         first = t * _BLOCKS_PER_TASK
         last = min(blocks, first + _BLOCKS_PER_TASK)
-        _run_blocks(
-            out, theta, narrow, starts, size, first, last, keys, factors, upper_half, gaussian, decay, stochastic, rounding_key
-        )
+        _run_blocks(out, theta, narrow, starts, size, first, last, keys, factors, gaussian, decay, stochastic, rounding_key)
 
 
-def run(out, theta, narrow, starts, keys, factors, upper_half, gaussian, decay, stochastic, rounding_key, threads):
+def run(out, theta, narrow, starts, keys, factors, gaussian, decay, stochastic, rounding_key, threads):
     """Write the displaced ``theta`` into ``out``; both are flat arrays of raw words (uint16 for bf16, uint32 for fp32).
 
     ``theta`` consists of ``len(starts)`` rows of equal size, and row ``r`` takes its noise from element ``starts[r]`` on.
@@ -181,14 +152,10 @@ def run(out, theta, narrow, starts, keys, factors, upper_half, gaussian, decay, 
     size = theta.size // starts.size
     blocks = starts.size * ((size + _BLOCK - 1) // _BLOCK)
     if theta.size < _SERIAL_BELOW or threads == 1:
-        _run_blocks(
-            out, theta, narrow, starts, size, 0, blocks, keys, factors, upper_half, gaussian, decay, stochastic, rounding_key
-        )
+        _run_blocks(out, theta, narrow, starts, size, 0, blocks, keys, factors, gaussian, decay, stochastic, rounding_key)
     else:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        _run_parallel(
-            out, theta, narrow, starts, size, blocks, keys, factors, upper_half, gaussian, decay, stochastic, rounding_key
-        )
+        _run_parallel(out, theta, narrow, starts, size, blocks, keys, factors, gaussian, decay, stochastic, rounding_key)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -243,7 +210,7 @@ def run_low_rank(out, theta, narrow, numbers, terms, decay, stochastic, rounding
 
 
 @numba.njit(nogil=True, cache=True)
-def _sum_blocks(n, first_block, last_block, key, squares):
+def _sum_blocks(n, first_block, last_block, key):
     words = np.empty(_BLOCK // 4, np.uint64)
     fields = words.view(np.uint16)
     total = 0
@@ -252,23 +219,24 @@ def _sum_blocks(n, first_block, last_block, key, squares):
         size = min(_BLOCK, n - start)
         _fill_words(words, (size + 3) // 4, key, start // 4)
         for i in range(size):
-            total += squares[fields[i]]
+            q = int64(int32(np.rint(_gaussian(fields[i]) * float32(65536.0))))
+            total += q * q
     return total
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def _sum_parallel(n, key, squares):
+def _sum_parallel(n, key):
     blocks = (n + _BLOCK - 1) // _BLOCK
     total = 0
     for t in prange((blocks + _BLOCKS_PER_TASK - 1) // _BLOCKS_PER_TASK):
         first = t * _BLOCKS_PER_TASK
-        total += _sum_blocks(n, first, min(blocks, first + _BLOCKS_PER_TASK), key, squares)
+        total += _sum_blocks(n, first, min(blocks, first + _BLOCKS_PER_TASK), key)
     return total
 
 
-def energy(key, n, squares, threads):
-    """Sum of ``squares`` (int64, by table index) over the first ``n`` numbers of a Gaussian stream."""
+def energy(key, n, threads):
+    """Squares of the first ``n`` numbers of a Gaussian stream, rounded to 16 binary places, summed in units of 2^-32."""
     if n < _SERIAL_BELOW or threads == 1:
-        return _sum_blocks(n, 0, (n + _BLOCK - 1) // _BLOCK, key, squares)
+        return _sum_blocks(n, 0, (n + _BLOCK - 1) // _BLOCK, key)
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    return _sum_parallel(n, key, squares)
+    return _sum_parallel(n, key)

@@ -1,8 +1,8 @@
 """`noise.displace` for CUDA tensors, in Triton: one read and one write of the weights, no temporaries, no host synchronisation.
 
-The same integers and the same table as the other implementations, and the same order of rounded products and sums: fusing
-multiply and add is switched off at the launch. Every element finds its own word of the stream; that costs some twenty integer
-operations, which a GPU hides behind the two memory accesses. Tested on CPU in Triton's interpreter, bit for bit against torch.
+The same order of rounded products and sums as in the other implementations: fusing multiply and add is switched off at the
+launch. Every element finds its own word of the stream; that costs some thirty operations, which a GPU hides behind the two
+memory accesses. Tested on CPU in Triton's interpreter, bit for bit against torch.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-not-found, misc"
 
@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .noise import _MIX_1, _MIX_2, GOLDEN
+from .noise import _MIX_1, _MIX_2, GOLDEN, QUANTILE
 
 _BLOCK = 1024
+_C0, _C1, _C2 = (tl.constexpr(c) for c in QUANTILE)
 _GOLDEN, _MIXER_1, _MIXER_2 = tl.constexpr(GOLDEN), tl.constexpr(_MIX_1), tl.constexpr(_MIX_2)
 
 
@@ -33,8 +34,16 @@ def _field(key, where):
 
 
 @triton.jit
+def _gaussian(field):
+    """What `noise.normal_table` holds for ``field``."""
+    s = (field.to(tl.int32).to(tl.float32) - 32767.5) * 0.000030517578125
+    w = (0x3F800000 - (1.0 - s * s).to(tl.int32, bitcast=True)).to(tl.float32)
+    return s * ((w * _C2 + _C1) * w + _C0)
+
+
+@triton.jit
 def _displace(
-    out, theta, keys, factors, table, rows, n, size, decay,
+    out, theta, keys, factors, rows, n, size, decay,
     TERMS: tl.constexpr, GAUSSIAN: tl.constexpr, BF16: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -49,7 +58,7 @@ def _displace(
     for k in tl.static_range(TERMS):
         key = tl.load(keys + k).to(tl.uint64, bitcast=True)
         if GAUSSIAN:
-            z = tl.load(table + _field(key, where).to(tl.int64), mask=inside, other=0.0)
+            z = _gaussian(_field(key, where))
         else:
             bit = (_word(key, where // 64) >> (where % 64).to(tl.uint64)) & 1
             z = 1.0 - 2.0 * bit.to(tl.float32)
@@ -78,12 +87,11 @@ def run(
     rows: torch.Tensor | None,
     keys: list[int],
     factors: list[float],
-    table: torch.Tensor,
     gaussian: bool,
     decay: float,
     rounding_key: int | None,
 ) -> None:
-    """Write the displaced ``theta`` into ``out``; ``keys`` are signed, ``table`` lies on the device."""
+    """Write the displaced ``theta`` into ``out``; ``keys`` are signed."""
     device, bf16 = theta.device, theta.dtype == torch.bfloat16
     stochastic = rounding_key is not None and bf16
     n = theta.numel()
@@ -98,7 +106,6 @@ def run(
         theta.view(-1).view(torch.int16) if bf16 else theta.view(-1),
         torch.tensor(told, dtype=torch.int64).to(device, non_blocking=True),
         torch.tensor(factors or [0.0], dtype=torch.float32).to(device, non_blocking=True),
-        table,
         rows,
         n,
         size,

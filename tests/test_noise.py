@@ -72,13 +72,13 @@ def test_format_of_keys():
 
 
 def test_format_of_table():
-    assert sha256(noise.normal_table()) == "8babbcaf96568f10165a1eab530c0e5c92d04de96761b6dbb3dadfa94baba37f"
+    assert sha256(noise.normal_table()) == "cf2349117ae90c48b0a4bc4e7b30b20df20af216639be137d91d8491da46080a"
 
 
 @pytest.mark.parametrize(
     ("kind", "digest"),
     [
-        ("gaussian", "757972658639fb2997c4dee0f7d64384f3f643dbd1cc9f5209696707b9a6cbbd"),
+        ("gaussian", "fabe34b8c01e9e68fa74ad7dc9e4c222e3c6d17559da47b99ded64042630720b"),
         ("rademacher", "186d44d38a2f150ff1554aab6b6ef312c3df6cbd61ce9e36b647ac91ecb49ee7"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_longer_stream_begins_with_the_shorter_one():
 def test_energy_is_the_squared_norm_whatever_the_threads(n, monkeypatch):
     z = noise.sample(KEY, (n,)).double()
     by_numba = noise.energy(KEY, n)
-    assert float(by_numba) == pytest.approx(float((z**2).sum()), abs=n * 2.0**-33 + 1e-9)
+    assert float(by_numba) == pytest.approx(float((z**2).sum()), abs=5 * math.sqrt(n) * 2.0**-16)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -350,8 +350,9 @@ def test_table_moments():
     assert (np.diff(table) > 0).all()
     wide = table.astype(np.float64)
     assert abs((wide**2).mean() - 1) < 1e-7
-    assert abs((wide**4).mean() - 2.998) < 0.002
-    assert 4.32 < wide.max() < 4.34
+    assert abs((wide**4).mean() - 2.999) < 0.001
+    assert abs((wide**6).mean() - 15.05) < 0.01
+    assert 4.46 < wide.max() < 4.47
 
 
 @pytest.mark.parametrize(("kind", "kurtosis", "sixth"), [("gaussian", 2.998, 15.0), ("rademacher", 1.0, 1.0)])

@@ -89,7 +89,7 @@ def test_cpu_tensors_do_not_take_it():
 def test_compiled_for_a_gpu_no_product_is_fused_with_a_sum(bf16, gaussian):
     """Without a GPU the compiler still says what it would run: separate multiplications and additions."""
     pointer = "*i16" if bf16 else "*fp32"
-    signature = {"out": pointer, "theta": pointer, "keys": "*i64", "factors": "*fp32", "table": "*fp32", "rows": "*i64"}
+    signature = {"out": pointer, "theta": pointer, "keys": "*i64", "factors": "*fp32", "rows": "*i64"}
     signature |= {"n": "i64", "size": "i64", "decay": "fp32"}
     constants = {"TERMS": 2, "GAUSSIAN": gaussian, "BF16": bf16, "STOCHASTIC": bf16, "BLOCK": noise_triton._BLOCK}
     source = ASTSource(noise_triton._displace, {**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants)
