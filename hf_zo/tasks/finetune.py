@@ -61,7 +61,13 @@ class ModelArguments:
     quantization: str = field(
         default="none", metadata={"help": "Of the frozen base: 'nf4' or 'int8' (bitsandbytes), 'torchao-int8', or 'none'."}
     )
-    dtype: str = field(default="bfloat16", metadata={"help": "Of the model's weights: 'bfloat16', 'float32', 'float16'."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Of the model's weights: 'bfloat16', 'float32', 'float16', or 'auto': bfloat16 where hardware multiplies "
+            "in it, else float16 on a GPU and float32 on a CPU."
+        },
+    )
 
 
 @dataclass
@@ -95,9 +101,8 @@ def load_model(arguments: ModelArguments, task: Task, seed: int = 0) -> tuple[nn
     }
     if arguments.head not in classes:
         raise ValueError(f"head={arguments.head!r} does not exist; choose one of {', '.join(classes)}.")
-    if arguments.dtype not in ("bfloat16", "float32", "float16"):
-        raise ValueError(f"dtype={arguments.dtype!r} does not exist; choose bfloat16, float32 or float16.")
-    kwargs: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype)}
+    dtype = _dtype_of(arguments)
+    kwargs: dict[str, Any] = {"dtype": dtype}
     if arguments.head == "classification":
         if task.options is None or not task.texts:
             raise ValueError(f"{task.name} has no plain text form for head='classification'; use head='lm'.")
@@ -108,7 +113,7 @@ def load_model(arguments: ModelArguments, task: Task, seed: int = 0) -> tuple[nn
             "prefix for it; use head='lm'."
         )
     if arguments.quantization != "none":
-        kwargs["quantization_config"] = _quantization(arguments)
+        kwargs["quantization_config"] = _quantization(arguments.quantization, dtype)
     model = classes[arguments.head].from_pretrained(arguments.model_name_or_path, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     if tokenizer.pad_token is None:
@@ -133,18 +138,31 @@ def load_model(arguments: ModelArguments, task: Task, seed: int = 0) -> tuple[nn
     return draw_adapter(get_peft_model(model, config), seed), tokenizer
 
 
-def _quantization(arguments: ModelArguments) -> Any:
+def _dtype_of(arguments: ModelArguments) -> torch.dtype:
+    if arguments.dtype == "auto":
+        chosen = torch.bfloat16
+        if torch.cuda.is_available():
+            chosen = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        elif torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):
+            chosen = torch.float32  # 16-bit products would be emulated, at a tenth of the speed
+        logger.info("Weights are loaded as %s.", str(chosen).removeprefix("torch."))
+        return chosen
+    if arguments.dtype not in ("bfloat16", "float32", "float16"):
+        raise ValueError(f"dtype={arguments.dtype!r} does not exist; choose bfloat16, float32, float16 or auto.")
+    return getattr(torch, arguments.dtype)
+
+
+def _quantization(name: str, compute: torch.dtype) -> Any:
     """The configuration that transformers loads a quantised base with."""
-    if arguments.quantization == "nf4":
-        compute = getattr(torch, arguments.dtype)
+    if name == "nf4":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-    if arguments.quantization == "int8":
+    if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    if arguments.quantization == "torchao-int8":
+    if name == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
         return TorchAoConfig(Int8WeightOnlyConfig())
-    raise ValueError(f"quantization={arguments.quantization!r} does not exist; choose 'nf4', 'int8', 'torchao-int8' or 'none'.")
+    raise ValueError(f"quantization={name!r} does not exist; choose 'nf4', 'int8', 'torchao-int8' or 'none'.")
 
 
 def _encode(

@@ -194,7 +194,7 @@ def test_bad_data_ends_with_its_place(monkeypatch, capsys, tmp_path):
     ("settings", "task", "message"),
     [
         ({"head": "seq"}, "sst2", "head='seq' does not exist; choose one of lm, mlm, classification"),
-        ({"dtype": "int8"}, "sst2", "dtype='int8' does not exist; choose bfloat16, float32 or float16"),
+        ({"dtype": "int8"}, "sst2", "dtype='int8' does not exist; choose bfloat16, float32, float16 or auto"),
         (
             {"quantization": "int3"},
             "sst2",
@@ -211,6 +211,15 @@ def test_settings_that_do_not_go_together(models, settings, task, message):
     arguments = ModelArguments(str(models / "LlamaForCausalLM"), **{"dtype": "float32", **settings})
     with pytest.raises(ValueError, match=message):
         load_model(arguments, TASKS[task])
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [("AVX2", torch.float32), ("DEFAULT", torch.float32), ("AVX512", torch.bfloat16)]
+)
+def test_auto_dtype_is_what_the_processor_multiplies(models, capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model, _ = load_model(ModelArguments(str(models / "LlamaForCausalLM")), TASKS["sst2"])
+    assert {p.dtype for p in model.parameters()} == {dtype}
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
