@@ -169,18 +169,26 @@ def _run_rows(out, theta, narrow, numbers, first, last, left, right_t, ranks, fa
         _widen(value, raw, source, size, narrow, decay)
         k = 0
         for term in range(ranks.size):
-            for r in range(ranks[term]):
+            factor, rank = factors[term], ranks[term]
+            if rank == 1:  # the usual ranks take one pass
                 u, v = left[row, k], right_t[k]
-                if r == 0:
-                    for j in range(size):
-                        z[j] = u * v[j]
-                else:
+                for j in range(size):
+                    value[j] = value[j] + factor * (u * v[j])
+            elif rank == 2:
+                u, v, u2, v2 = left[row, k], right_t[k], left[row, k + 1], right_t[k + 1]
+                for j in range(size):
+                    value[j] = value[j] + factor * (u * v[j] + u2 * v2[j])
+            else:
+                u, v = left[row, k], right_t[k]
+                for j in range(size):
+                    z[j] = u * v[j]
+                for r in range(1, rank):
+                    u, v = left[row, k + r], right_t[k + r]
                     for j in range(size):
                         z[j] = z[j] + u * v[j]
-                k += 1
-            factor = factors[term]
-            for j in range(size):
-                value[j] = value[j] + factor * z[j]
+                for j in range(size):
+                    value[j] = value[j] + factor * z[j]
+            k += rank
         _round(target, raw, size, narrow, stochastic, rounding_key, numbers[row] * size, words)
 
 

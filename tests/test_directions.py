@@ -190,7 +190,8 @@ def test_low_rank_displacements_are_the_same_from_both_implementations(shape, dt
     """The kernel, alone and in parallel, the torch fallback in pieces of any size, and rows on their own."""
     theta = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.1).to(dtype)
     space = {"w": TensorSpec(shape, torch.device("cpu"))}
-    terms = [(0.1, LowRankDirection(space, 1, 2, 0, 3)), (-1e-3, LowRankDirection(space, 1, 3, 0, 1, scaled=True))]
+    low_rank = [LowRankDirection(space, 1, 2, 0, rank) for rank in (3, 2)]
+    terms = [(0.1, low_rank[0]), (0.2, low_rank[1]), (-1e-3, LowRankDirection(space, 1, 3, 0, 1, scaled=True))]
 
     def apply(rows=None):
         chosen = theta if rows is None else theta[rows]
