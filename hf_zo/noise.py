@@ -173,11 +173,12 @@ def displace_low_rank(
         kernel = _kernel()
         assert kernel is not None
         kernel.run_low_rank(
-            *_raw(out, theta),
+            _raw(out),
+            _raw(theta),
             np.arange(m) if rows is None else rows.numpy(),
             [(np.float32(a), left.contiguous().numpy(), right_t.contiguous().numpy()) for a, left, right_t in terms],
             np.float32(decay),
-            rounding_key is not None,
+            rounding_key is not None and theta.dtype == torch.bfloat16,
             np.uint64(rounding_key or 0),
             torch.get_num_threads(),
         )
@@ -329,12 +330,10 @@ def _numba_usable(out: torch.Tensor, theta: torch.Tensor) -> bool:
     )
 
 
-def _raw(out: torch.Tensor, theta: torch.Tensor) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Both as flat arrays of raw words, and whether these are of 16 bits."""
-    narrow = theta.dtype == torch.bfloat16
-    integer, unsigned = (torch.int16, np.uint16) if narrow else (torch.int32, np.uint32)
-    raw_out, raw_theta = (x.detach().view(-1).view(integer).numpy().view(unsigned) for x in (out, theta))
-    return raw_out, raw_theta, narrow
+def _raw(x: torch.Tensor) -> np.ndarray:
+    """A contiguous tensor as a flat array of raw words: uint16 for bf16, uint32 for fp32."""
+    integer, unsigned = (torch.int16, np.uint16) if x.dtype == torch.bfloat16 else (torch.int32, np.uint32)
+    return x.detach().view(-1).view(integer).numpy().view(unsigned)
 
 
 def _displace_numba(
@@ -351,13 +350,14 @@ def _displace_numba(
     assert kernel is not None
     starts = np.zeros(1, dtype=np.int64) if rows is None else rows.numpy() * theta[0].numel()
     kernel.run(
-        *_raw(out, theta),
+        _raw(out),
+        _raw(theta),
         starts,
         np.array(keys, dtype=np.uint64),
         np.array(coefficients, dtype=np.float32),
         kind == "gaussian",
         np.float32(decay),
-        rounding_key is not None,
+        rounding_key is not None and theta.dtype == torch.bfloat16,
         np.uint64(rounding_key or 0),
         torch.get_num_threads(),
     )

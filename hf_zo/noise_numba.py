@@ -22,14 +22,45 @@ _BLOCKS_PER_TASK = 64
 _SERIAL_BELOW = 1 << 15  # starting a parallel region costs about as much as this many elements
 
 
+_HALF = ir.Constant(ir.IntType(32), 16)
+
+
 @intrinsic
-def _float_of(_context, x):
-    return types.float32(types.uint32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())
+def _float_of(_context, raw):
+    """The fp32 number whose bits are ``raw`` (uint32), or whose upper half they are (uint16)."""
+
+    def generate(_context, builder, signature, args):
+        bits = args[0]
+        if signature.args[0] == types.uint16:
+            bits = builder.shl(builder.zext(bits, ir.IntType(32)), _HALF)
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(raw), generate
 
 
 @intrinsic
 def _bits_of(_context, x):
     return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def _rounded(_context, x, up, like):
+    """Bits of the fp32 number ``x`` as a word like ``like``: if that is uint16 the upper half, after adding ``up`` below it."""
+
+    def generate(_context, builder, signature, args):
+        bits = builder.bitcast(args[0], ir.IntType(32))
+        if signature.args[2] == types.uint16:
+            bits = builder.lshr(builder.add(bits, args[1]), _HALF)
+            bits = builder.trunc(bits, ir.IntType(16))
+        return bits
+
+    return like(types.float32, types.uint32, like), generate
+
+
+@numba.njit(inline="always")
+def _nearest(x, like):
+    """To nearest, ties to even."""
+    return _rounded(x, uint32(uint32(0x7FFF) + ((_bits_of(x) >> uint32(16)) & uint32(1))), like)
 
 
 @numba.njit(inline="always")
@@ -58,61 +89,34 @@ def _fill_rademacher(z, words, first, count, key):
     for j in range(2 * count):
         half = halves[j]
         for i in range(32):
-            z[32 * j + i] = uint32(0x3F800000) | (((half >> uint32(i)) & uint32(1)) << uint32(31))
+            z[32 * j + i] = _float_of(uint32(uint32(0x3F800000) | (((half >> uint32(i)) & uint32(1)) << uint32(31))))
 
 
 @numba.njit(inline="always")
-def _widen(value, raw, source, n, narrow, decay):
-    """``value`` and ``raw`` are the same fp32 buffer and its bits."""
-    if narrow:
-        for i in range(n):
-            raw[i] = uint32(source[i]) << uint32(16)
-    else:
-        for i in range(n):
-            raw[i] = source[i]
-    if decay != float32(1.0):
-        for i in range(n):
-            value[i] = value[i] * decay
+def _round(target, rounded, value, n, stochastic, rounding_key, there, words):
+    """Write ``n`` numbers whose place in the stream of the rounding key begins at ``there``.
 
-
-@numba.njit(inline="always")
-def _round(target, raw, n, narrow, stochastic, rounding_key, there, words):
-    """Write ``n`` numbers whose place in the stream of the rounding key begins at ``there``."""
-    if not narrow:
-        for i in range(n):
-            target[i] = raw[i]
-    elif stochastic:
+    Through a small buffer, because compilers cannot tell that ``target`` shares no memory with the rest.
+    """
+    if stochastic:
         skip = there % 4
         _fill_words(words, (skip + n + 3) // 4, rounding_key, there // 4)
         up = words.view(np.uint16)[skip : skip + n]
         for i in range(n):
-            target[i] = (raw[i] + uint32(up[i])) >> uint32(16)
-    else:  # to nearest, ties to even
+            rounded[i] = _rounded(value[i], uint32(up[i]), rounded[i])
+    else:
         for i in range(n):
-            target[i] = (raw[i] + uint32(0x7FFF) + ((raw[i] >> uint32(16)) & uint32(1))) >> uint32(16)
+            rounded[i] = _nearest(value[i], rounded[i])
+    for i in range(n):
+        target[i] = rounded[i]
 
 
 @numba.njit(nogil=True, cache=True)
-def _run_blocks(
-    out,
-    theta,
-    narrow,
-    starts,
-    size,
-    first_block,
-    last_block,
-    keys,
-    factors,
-    gaussian,
-    decay,
-    stochastic,
-    rounding_key,
-):
+def _run_blocks(out, theta, starts, size, first_block, last_block, keys, factors, gaussian, decay, stochastic, rounding_key):
     words = np.empty(_BLOCK // 4 + 1, np.uint64)
     fields = words.view(np.uint16)
-    z = np.empty(_BLOCK + 64, np.uint32)
-    value = np.empty(_BLOCK, np.float32)
-    raw = value.view(np.uint32)
+    z, value = np.empty(_BLOCK + 64, np.float32), np.empty(_BLOCK, np.float32)
+    rounded = np.empty(_BLOCK, theta.dtype)
     per_row = (size + _BLOCK - 1) // _BLOCK
     for b in range(first_block, last_block):
         row, within = b // per_row, b % per_row * _BLOCK
@@ -120,31 +124,41 @@ def _run_blocks(
         there = starts[row] + within  # in the stream
         n = min(_BLOCK, size - within)
         source, target = theta[here : here + n], out[here : here + n]
-        _widen(value, raw, source, n, narrow, decay)
+        if keys.size == 0:
+            for i in range(n):
+                value[i] = _float_of(source[i]) * decay
         for k in range(keys.size):
             factor = factors[k]
             if gaussian:
                 skip = there % 4
                 _fill_words(words, (skip + n + 3) // 4, keys[k], there // 4)
-                for i in range(n):
-                    value[i] = value[i] + factor * _gaussian(fields[skip + i])
+                if k == 0:
+                    for i in range(n):
+                        value[i] = _float_of(source[i]) * decay + factor * _gaussian(fields[skip + i])
+                else:
+                    for i in range(n):
+                        value[i] = value[i] + factor * _gaussian(fields[skip + i])
             else:
                 skip = there % 64
                 _fill_rademacher(z, words, there // 64, (skip + n + 63) // 64, keys[k])
-                for i in range(n):
-                    value[i] = value[i] + factor * _float_of(z[skip + i])
-        _round(target, raw, n, narrow, stochastic, rounding_key, there, words)
+                if k == 0:
+                    for i in range(n):
+                        value[i] = _float_of(source[i]) * decay + factor * z[skip + i]
+                else:
+                    for i in range(n):
+                        value[i] = value[i] + factor * z[skip + i]
+        _round(target, rounded, value, n, stochastic, rounding_key, there, words)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def _run_parallel(out, theta, narrow, starts, size, blocks, keys, factors, gaussian, decay, stochastic, rounding_key):
+def _run_parallel(out, theta, starts, size, blocks, keys, factors, gaussian, decay, stochastic, rounding_key):
     for t in prange((blocks + _BLOCKS_PER_TASK - 1) // _BLOCKS_PER_TASK):
         first = t * _BLOCKS_PER_TASK
         last = min(blocks, first + _BLOCKS_PER_TASK)
-        _run_blocks(out, theta, narrow, starts, size, first, last, keys, factors, gaussian, decay, stochastic, rounding_key)
+        _run_blocks(out, theta, starts, size, first, last, keys, factors, gaussian, decay, stochastic, rounding_key)
 
 
-def run(out, theta, narrow, starts, keys, factors, gaussian, decay, stochastic, rounding_key, threads):
+def run(out, theta, starts, keys, factors, gaussian, decay, stochastic, rounding_key, threads):
     """Write the displaced ``theta`` into ``out``; both are flat arrays of raw words (uint16 for bf16, uint32 for fp32).
 
     ``theta`` consists of ``len(starts)`` rows of equal size, and row ``r`` takes its noise from element ``starts[r]`` on.
@@ -152,21 +166,22 @@ def run(out, theta, narrow, starts, keys, factors, gaussian, decay, stochastic, 
     size = theta.size // starts.size
     blocks = starts.size * ((size + _BLOCK - 1) // _BLOCK)
     if theta.size < _SERIAL_BELOW or threads == 1:
-        _run_blocks(out, theta, narrow, starts, size, 0, blocks, keys, factors, gaussian, decay, stochastic, rounding_key)
+        _run_blocks(out, theta, starts, size, 0, blocks, keys, factors, gaussian, decay, stochastic, rounding_key)
     else:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        _run_parallel(out, theta, narrow, starts, size, blocks, keys, factors, gaussian, decay, stochastic, rounding_key)
+        _run_parallel(out, theta, starts, size, blocks, keys, factors, gaussian, decay, stochastic, rounding_key)
 
 
 @numba.njit(nogil=True, cache=True)
-def _run_rows(out, theta, narrow, numbers, first, last, left, right_t, ranks, factors, decay, stochastic, rounding_key):
+def _run_rows(out, theta, numbers, first, last, left, right_t, ranks, factors, decay, stochastic, rounding_key):
     size = right_t.shape[1]
     words = np.empty(size // 4 + 2, np.uint64)
     value, z = np.empty(size, np.float32), np.empty(size, np.float32)
-    raw = value.view(np.uint32)
+    rounded = np.empty(size, theta.dtype)
     for row in range(first, last):
         source, target = theta[row * size : (row + 1) * size], out[row * size : (row + 1) * size]
-        _widen(value, raw, source, size, narrow, decay)
+        for j in range(size):
+            value[j] = _float_of(source[j]) * decay
         k = 0
         for term in range(ranks.size):
             factor, rank = factors[term], ranks[term]
@@ -189,26 +204,26 @@ def _run_rows(out, theta, narrow, numbers, first, last, left, right_t, ranks, fa
                 for j in range(size):
                     value[j] = value[j] + factor * z[j]
             k += rank
-        _round(target, raw, size, narrow, stochastic, rounding_key, numbers[row] * size, words)
+        _round(target, rounded, value, size, stochastic, rounding_key, numbers[row] * size, words)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def _run_rows_parallel(out, theta, narrow, numbers, left, right_t, ranks, factors, decay, stochastic, rounding_key):
+def _run_rows_parallel(out, theta, numbers, left, right_t, ranks, factors, decay, stochastic, rounding_key):
     rows = numbers.size
     per_task = max(1, _BLOCK * _BLOCKS_PER_TASK // right_t.shape[1])
     for t in prange((rows + per_task - 1) // per_task):
         first = t * per_task
         last = min(rows, first + per_task)
-        _run_rows(out, theta, narrow, numbers, first, last, left, right_t, ranks, factors, decay, stochastic, rounding_key)
+        _run_rows(out, theta, numbers, first, last, left, right_t, ranks, factors, decay, stochastic, rounding_key)
 
 
-def run_low_rank(out, theta, narrow, numbers, terms, decay, stochastic, rounding_key, threads):
+def run_low_rank(out, theta, numbers, terms, decay, stochastic, rounding_key, threads):
     """As `run`, for a sum of products ``factor * left @ right_t``; row i of ``theta`` is row ``numbers[i]`` of its matrix."""
     left = np.concatenate([term[1] for term in terms], axis=1)
     right_t = np.concatenate([term[2] for term in terms], axis=0)
     ranks = np.array([term[1].shape[1] for term in terms])
     factors = np.array([term[0] for term in terms], dtype=np.float32)
-    arguments = (out, theta, narrow, np.ascontiguousarray(numbers, dtype=np.int64))
+    arguments = (out, theta, np.ascontiguousarray(numbers, dtype=np.int64))
     rest = (left, right_t, ranks, factors, decay, stochastic, rounding_key)
     if theta.size < _SERIAL_BELOW or threads == 1:
         _run_rows(*arguments, 0, len(numbers), *rest)

@@ -2,7 +2,8 @@
 
     python model_cards/replay.py --model MODEL [--dataset_dir SST2] [--card sst2-mezo-full]
 
-Exits with 1 if the accuracy differs: the weights are the run's, bit for bit, so it may not differ at all.
+The replay itself checks that the weights are the run's, bit for bit. Exits with 1 if the accuracy differs by more than two
+sentences, which another processor's order of summation may tip over.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ def main() -> int:
             return code
         command = [
             *(sys.executable, str(HERE.parent / "examples" / "run_glue.py"), "--model_name_or_path", f"{scratch}/model"),
-            *("--task_name", "sst2", *data, "--do_eval", "--per_device_eval_batch_size", "32"),
+            *("--task_name", "sst2", *data, "--do_eval", "--dtype", "float32", "--per_device_eval_batch_size", "32"),
             *("--output_dir", f"{scratch}/out", "--report_to", "none"),
         ]
         subprocess.run(command, check=True)
-        found = json.loads(Path(f"{scratch}/out/eval_results.json").read_text())["eval_accuracy"]
+        evaluated = json.loads(Path(f"{scratch}/out/eval_results.json").read_text())
+        found, sentences = evaluated["eval_accuracy"], evaluated["eval_samples"]
     print(f"{arguments.card}: the card says {reported:.4f}, the rebuilt model {found:.4f}")
-    return 0 if found == reported else 1
+    return 0 if abs(found - reported) * sentences <= 2.5 else 1
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Tests never ask the Hub, and two test processes share two cores.
@@ -7,3 +8,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    # Every training run collects garbage, which takes most of a short run when it has to look at all that was imported.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # so that the interpreter can clear away what extensions hold

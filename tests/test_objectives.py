@@ -24,7 +24,7 @@ def bpe():
 @pytest.fixture
 def trainer_of(tmp_path):
     def build(model, encoded, collator, **kwargs):
-        settings = {"zo_objective": kwargs.pop("zo_objective", "loss"), "per_device_train_batch_size": 2}
+        settings = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("zo_")}
         return ZOTrainer(
             model,
             ZOTrainingArguments(
@@ -35,6 +35,7 @@ def trainer_of(tmp_path):
                 disable_tqdm=True,
                 remove_unused_columns=False,
                 max_steps=2,
+                per_device_train_batch_size=2,
                 learning_rate=1e-2,
                 zo_eps=0.5,
                 zo_restore="copy",  # measures nothing but the probes
@@ -173,17 +174,19 @@ def test_training_by_a_score(name, bpe, trainer_of):
     encoded, collator, _ = squad_batch(bpe)
     if name == "accuracy":
         encoded, collator, loss = encode_rows(TASKS["copa"], COPA[1::2], bpe, 400), OptionCollator(bpe, model), option_loss
-    trainer = trainer_of(model, encoded, collator, zo_objective=name, processing_class=bpe, compute_loss_func=loss)
+    trainer = trainer_of(
+        model, encoded, collator, zo_objective=name, processing_class=bpe, compute_loss_func=loss, zo_num_directions=8
+    )
     measured = []
     score = OBJECTIVES[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(OBJECTIVES, name, lambda *args: measured.append(float(score(*args))) or measured[-1])
         trainer.train()
-    assert len(measured) == 4  # two probes in each of two steps
+    assert len(measured) == 32  # sixteen probes in each of two steps
     assert all(0 <= value <= 1 for value in measured)
     assert len(set(measured)) > 1
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == [pytest.approx((measured[i] + measured[i + 1]) / 2, abs=1e-6) for i in (0, 2)]
+    assert logged == [pytest.approx(sum(measured[i : i + 16]) / 16, abs=1e-6) for i in (0, 16)]
 
 
 def test_a_function_of_ones_own(bpe, trainer_of):
