@@ -12,10 +12,10 @@ demo: $(VENV)/.installed
 test: quality
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
-# Rebuilds a reference run from base model and trajectory. DATASET_DIR: a local copy of SST-2; default: the Hub's.
+# Rebuilds a reference run from base model and trajectory, and evaluates it.
 replay-cards: $(VENV)/.installed
 	test -d $(MODEL) || $(BIN)/hf-zo demo-model $(MODEL)
-	$(BIN)/python model_cards/replay.py --model $(MODEL) $(if $(DATASET_DIR),--dataset_dir $(DATASET_DIR))
+	$(BIN)/python model_cards/replay.py --model $(MODEL)
 
 # Times steps against their forward passes and against the classic loop; takes half an hour on an idle machine.
 bench: $(VENV)/.installed

@@ -1,9 +1,10 @@
 """What a trajectory costs: bytes per step and per checkpoint, and the time of replaying a run against that of training it.
 
-    python benchmarks/replay.py --model MODEL --steps 1000 --output benchmarks/results/replay.json
+    python benchmarks/replay.py --model MODEL --steps 1000 --output benchmarks/results/replay.json [--dtype float32]
 
-Trains all weights of the model in bf16 with MeZO on random batches of 16 sequences of 64 tokens, with one checkpoint of each
-kind at the end, then replays the run into a fresh model, which checks the hash of the final weights.
+Trains all weights of the model with MeZO on random batches of 16 sequences of 64 tokens whose last one is labelled, the
+cheapest batches there are, with one checkpoint of each kind at the end, then replays the run into a fresh model, which checks
+the hash of the final weights.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     arguments = parser.parse_args()
 
     def model() -> torch.nn.Module:
-        loaded = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+        loaded = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
         loaded.config.use_cache = False
         return loaded
 
     ids = torch.randint(10, model().config.vocab_size, (64, 64), generator=torch.Generator().manual_seed(0))
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = ids[:, -1]
+    ones = torch.ones_like(ids[0])
+    rows = [{"input_ids": i, "attention_mask": ones, "labels": label} for i, label in zip(ids, labels, strict=True)]
     sizes = {}
     with tempfile.TemporaryDirectory() as scratch:
         for kind, weights, steps in (("without_weights", False, arguments.steps), ("with_weights", True, 1)):
@@ -71,7 +76,7 @@ def main() -> None:
     header = len(json.dumps(trajectory.header, separators=(",", ":")))
     (block,) = struct.unpack("<Q", raw[:8])
     numbers = {
-        "command": f"python benchmarks/replay.py --model smollm2 --steps {arguments.steps}",
+        "command": f"python benchmarks/replay.py --model smollm2 --steps {arguments.steps} --dtype {arguments.dtype}",
         "steps": arguments.steps,
         "training_seconds": training,
         "replay_seconds": replaying,

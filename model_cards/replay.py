@@ -1,6 +1,6 @@
 """Rebuild a reference run from its base model and its trajectory, and check the accuracy that its card reports.
 
-    python model_cards/replay.py --model MODEL [--dataset_dir SST2] [--card sst2-mezo-full]
+    python model_cards/replay.py --model MODEL [--card mezo-full]
 
 The replay itself checks that the weights are the run's, bit for bit. Exits with 1 if the accuracy differs by more than two
 sentences, which another processor's order of summation may tip over.
@@ -24,17 +24,16 @@ def main() -> int:
     """Replay, evaluate, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--dataset_dir")
-    parser.add_argument("--card", default="sst2-mezo-full")
+    parser.add_argument("--card", default="mezo-full")
     arguments = parser.parse_args()
-    data = ["--dataset_dir", arguments.dataset_dir] if arguments.dataset_dir else []
     reported = json.loads((HERE / arguments.card / "run_facts.json").read_text())["results"]["accuracy"]
     with tempfile.TemporaryDirectory() as scratch:
         if code := hf_zo(["replay", arguments.model, str(HERE / arguments.card), "-o", f"{scratch}/model"]):
             return code
         command = [
             *(sys.executable, str(HERE.parent / "examples" / "run_glue.py"), "--model_name_or_path", f"{scratch}/model"),
-            *("--task_name", "sst2", *data, "--do_eval", "--dtype", "float32", "--per_device_eval_batch_size", "32"),
+            *("--task_name", "sst2", "--dataset_dir", str(HERE.parent / "examples" / "demo_data"), "--do_eval"),
+            *("--dtype", "float32", "--per_device_eval_batch_size", "32"),
             *("--output_dir", f"{scratch}/out", "--report_to", "none"),
         ]
         subprocess.run(command, check=True)

@@ -199,7 +199,8 @@ def render(facts: Mapping[str, Any], figure: str | None, trajectory: str | None)
 
 
 def _card_data(facts: Mapping[str, Any], name: str) -> ModelCardData:
-    evaluated = facts["results"] and facts.get("dataset")
+    dataset_name: str = facts.get("dataset_name") or facts.get("dataset") or ""
+    evaluated = facts["results"] and dataset_name
     task_type = facts.get("task_type", "text-generation")
     return ModelCardData(
         model_name=name if evaluated else None,
@@ -212,8 +213,8 @@ def _card_data(facts: Mapping[str, Any], name: str) -> ModelCardData:
         eval_results=[
             EvalResult(
                 task_type=task_type,
-                dataset_type=facts["dataset"],
-                dataset_name=facts.get("dataset_name") or facts["dataset"],
+                dataset_type=facts.get("dataset") or "local",  # files that are on no Hub
+                dataset_name=dataset_name,
                 metric_type=metric,
                 metric_value=value,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -238,14 +239,16 @@ def build_trainer(model_arguments: ModelArguments, data: DataArguments, training
         train_dataset=train_set if training.do_train else None,
         eval_dataset=eval_set if eval_wanted else None,
         processing_class=tokenizer,
-        callbacks=[_card(task)] if training.do_train else None,
+        callbacks=[_card(task, data.dataset_dir)] if training.do_train else None,
         compute_metrics=metrics_for(task, eval_rows, tokenizer),
         **hooks,
     )
 
 
-def _card(task: Task) -> ModelCardCallback:
+def _card(task: Task, dataset_dir: str | None) -> ModelCardCallback:
     kind = "text-classification" if task.options is not None else "question-answering"
+    if dataset_dir is not None:  # what lies in a folder need not be what the Hub has under the task's name
+        return ModelCardCallback(dataset_name=f"{Path(dataset_dir).name} (prompts of {task.name})", task_type=kind)
     return ModelCardCallback(dataset=task.dataset, dataset_name=f"{task.family} {task.name}", task_type=kind)
 
 
