@@ -98,7 +98,7 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
             model = self._with_basis_adapter(model, args)
         super().__init__(model, args, *rest, **kwargs)
         self._check_model(self.model)
-        self._engine = Engine(self.model) if args.zo_runtime == "vllm" else None
+        self._engine = self._engine_of(self.model)
         self._packing, self._losses_seen = self._packing_of(self.model), LossesSeen()
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self._resolve_defaults()
@@ -171,6 +171,17 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
         enabled = self.args.zo_packing and own and not self.args.torch_compile
         return Packing(model, enabled, in_rows=self._engine is None)
 
+    def _engine_of(self, model: nn.Module) -> Engine | None:
+        """The engine that computes forward passes of ``model`` in this process, if the arguments want one."""
+        if self.args.zo_runtime != "vllm":
+            return None
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"zo_runtime='vllm' runs in one process, and {self.accelerator.num_processes} were launched; launch one, or "
+                "use zo_runtime='torch'."
+            )
+        return Engine(model)
+
     def _check_model(self, model: nn.Module) -> None:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
@@ -242,6 +253,7 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
             if not self._calibrated and (self._resume_from is None or is_weightless(self._resume_from)):
                 self._calibrate()
         if self._packing.model is not model:
+            self._engine = self._engine_of(model)
             self._packing, self._losses_seen = self._packing_of(model), LossesSeen()
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Resuming has loaded the weights by now, and PEFT loads a 16-bit adapter as fp32: the values are the same, but the

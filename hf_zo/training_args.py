@@ -215,6 +215,8 @@ class ZOTrainingArguments(TrainingArguments):
                 "zo_restore='transient' works by hooks, which a compiled model does not call; with torch_compile use 'auto' or "
                 "'copy', which mutate the weights in place and put them back."
             )
+        if self.zo_runtime == "vllm":
+            self._check_vllm()
         if not self.zo_save_weights and not self.zo_trajectory:
             raise ValueError("zo_save_weights=False keeps the trajectory instead of weights; leave zo_trajectory at True.")
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
@@ -224,6 +226,14 @@ class ZOTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.zo_seed is not None and not -(2**63) <= self.zo_seed < 2**63:
             raise ValueError(f"zo_seed={self.zo_seed} does not fit into 64 bits.")
+
+    def _check_vllm(self) -> None:
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError("torch_compile=True compiles the model, whose layers zo_runtime='vllm' calls singly; unset it.")
+        if self.bf16:
+            raise ValueError(
+                "bf16=True autocasts around the model, which zo_runtime='vllm' does not follow; load the model in bfloat16."
+            )
 
     def _check_methods(self) -> None:
         known = hyperparameters(self.zo_method)

@@ -46,6 +46,8 @@ NAN = float("nan")
         ({"zo_restore": "transient", "torch_compile": True}, "zo_restore", "copy"),
         ({"zo_parallel": "model"}, "zo_parallel", "directions"),
         ({"zo_runtime": "sglang"}, "zo_runtime", "vllm"),
+        ({"zo_runtime": "vllm", "torch_compile": True}, "torch_compile", "zo_runtime='vllm'"),
+        ({"zo_runtime": "vllm", "bf16": True}, "bf16", "bfloat16"),
         ({"zo_method": "adam"}, "zo_method", "mezo"),
         ({"zo_method": "adam", "zo_num_directions": 2}, "zo_method", "mezo"),
         ({"zo_eps": 0.0}, "zo_eps", "positive"),
