@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
+from .directions import Entries
 from .estimators import METHODS, hyperparameters
-from .noise import Kind
 from .runtimes import Restore
 
 Trained = Literal["full", "lora", "prefix"]
@@ -67,7 +67,11 @@ class ZOTrainingArguments(TrainingArguments):
         zo_num_directions (`int`, *optional*):
             Directions per step. Default: the method's own (MeZO 1).
         zo_direction (`str`, defaults to `"gaussian"`):
-            Entries of a dense direction: `"gaussian"` or `"rademacher"` (signs; slightly less variance, cheaper to draw).
+            Entries of a direction: `"gaussian"`, `"rademacher"` (signs; slightly less variance, cheaper to draw), or
+            `"factorised"`: matrices along `U Vᵀ / sqrt(zo_direction_rank)`, fresh in every step, other tensors densely (not
+            for lozo, whose factors are its own, nor for curvzo).
+        zo_direction_rank (`int`, defaults to 16):
+            Rank of factorised directions; 16 to 64 is usual. Clipped to a tensor's smaller dimension.
         zo_seed (`int`, *optional*):
             Key of all directions. Default: `seed`.
         zo_clip (`float`, *optional*):
@@ -134,7 +138,8 @@ class ZOTrainingArguments(TrainingArguments):
     zo_method: str = field(default="mezo", metadata={"help": f"Gradient estimator: {', '.join(METHODS)}."})
     zo_eps: float | None = field(default=None, metadata={"help": "Smoothing radius. Default: by what is trained."})
     zo_num_directions: int | None = field(default=None, metadata={"help": "Directions per step. Default: the method's."})
-    zo_direction: Kind = field(default="gaussian", metadata={"help": "'gaussian' or 'rademacher'."})
+    zo_direction: Entries = field(default="gaussian", metadata={"help": "'gaussian', 'rademacher' or 'factorised'."})
+    zo_direction_rank: int = field(default=16, metadata={"help": "Rank of factorised directions."})
     zo_seed: int | None = field(default=None, metadata={"help": "Key of all directions. Default: seed."})
     zo_clip: float | None = field(default=None, metadata={"help": "Bound on the absolute projected gradient."})
     zo_nonfinite: str = field(default="raise", metadata={"help": "On a non-finite loss: 'raise' or 'skip'."})
@@ -239,6 +244,11 @@ class ZOTrainingArguments(TrainingArguments):
         known = hyperparameters(self.zo_method)
         if self.zo_num_directions is not None and "num_directions" not in known:
             raise ValueError(f"zo_num_directions does nothing for zo_method={self.zo_method!r}; leave it unset.")
+        if self.zo_direction_rank != 16 and self.zo_direction != "factorised":
+            raise ValueError(
+                f"zo_direction_rank={self.zo_direction_rank} does nothing for zo_direction={self.zo_direction!r}; set "
+                "zo_direction='factorised' or leave it at 16."
+            )
         METHODS[self.zo_method]({}, **self.estimator_kwargs())  # each method knows the domains of its settings
         for f in fields(self):
             owner = next((m for m in METHODS if f.name.startswith(f"{m}_")), self.zo_method)

@@ -21,6 +21,7 @@ VOCABULARY = 64
 CASES: dict[str, dict[str, Any]] = {
     "mezo": {},
     "mezo-n3-rademacher": {"zo_method": "mezo", "zo_num_directions": 3, "zo_direction": "rademacher"},
+    "mezo-factorised": {"zo_method": "mezo", "zo_num_directions": 2, "zo_direction": "factorised", "zo_direction_rank": 3},
     "mezo-adamw": {"zo_method": "mezo", "optim": "adamw_torch", "learning_rate": 1e-3},
     "lozo": {"lozo_interval": 3},
     "lozo-momentum": {"zo_method": "lozo", "lozo_momentum": 0.7, "lozo_interval": 2},

@@ -41,6 +41,10 @@ NAN = float("nan")
         ({"optim_args": "momentum=0.9"}, "optim_args", "optimizer_cls_and_kwargs"),
         # outside the domain
         ({"zo_direction": "cauchy"}, "zo_direction", "rademacher"),
+        ({"zo_direction_rank": 8}, "zo_direction_rank", "factorised"),
+        ({"zo_direction_rank": 0, "zo_direction": "factorised"}, "zo_direction_rank", "at least 1"),
+        ({"zo_method": "lozo", "zo_direction": "factorised"}, "zo_direction", "'gaussian'"),
+        ({"zo_method": "curvzo", "zo_direction": "factorised"}, "zo_direction", "'gaussian'"),
         ({"zo_nonfinite": "ignore"}, "zo_nonfinite", "skip"),
         ({"zo_restore": "undo"}, "zo_restore", "transient"),
         ({"zo_restore": "transient", "torch_compile": True}, "zo_restore", "copy"),
