@@ -38,10 +38,12 @@ from .optimizer import ZOOptimizer
 from .packing import Packing
 from .precision import LossesSeen, fp32_losses
 from .runtimes import TorchRuntime
+from .runtimes.remote import SERVED_ARGUMENTS, Server
 from .runtimes.torch import Randomness, evaluation_mode
-from .runtimes.vllm import Engine
-from .tasks.scoring import OptionLabels
+from .runtimes.vllm import Engine, EngineError
+from .tasks.scoring import OptionLabels, option_loss
 from .training_args import Trained, ZOTrainingArguments, recommended
+from .trajectory import content_hash
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +101,9 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
         super().__init__(model, args, *rest, **kwargs)
         self._check_model(self.model)
         self._engine = self._engine_of(self.model)
+        if args.zo_server is not None:
+            self._check_served()
+            self._server = Server(args.zo_server, self.model)
         self._packing, self._losses_seen = self._packing_of(self.model), LossesSeen()
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self._resolve_defaults()
@@ -173,7 +178,7 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
 
     def _engine_of(self, model: nn.Module) -> Engine | None:
         """The engine that computes forward passes of ``model`` in this process, if the arguments want one."""
-        if self.args.zo_runtime != "vllm":
+        if self.args.zo_runtime != "vllm" or self.args.zo_server is not None:
             return None
         if self.accelerator.num_processes > 1:
             raise ValueError(
@@ -181,6 +186,48 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
                 "use zo_runtime='torch'."
             )
         return Engine(model)
+
+    def _check_served(self) -> None:
+        """Refuse what a server cannot compute, because it is code of this process."""
+        own = type(self).compute_loss is ZOTrainerMixin.compute_loss
+        own = own and super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[attr-defined]
+        for wrong, what in (
+            (self.accelerator.num_processes > 1, f"{self.accelerator.num_processes} processes"),
+            (self._objective_fn is not None, "objective_fn"),
+            (self.args.zo_objective not in ("loss", "accuracy"), f"zo_objective={self.args.zo_objective!r}"),
+            (self.compute_loss_func not in (None, option_loss), "compute_loss_func (other than hf_zo.tasks.option_loss)"),
+            (self.label_smoother is not None, "label_smoothing_factor"),
+            (not own, f"{type(self).__name__}.compute_loss"),
+        ):
+            if wrong:
+                raise ValueError(
+                    f"zo_server={self.args.zo_server!r} does not work with {what}: the server measures the loss or the "
+                    "accuracy of a single process, with the loss of the model or of hf_zo.tasks. Unset zo_server."
+                )
+
+    def _start_server(self) -> None:
+        """Bring the server to where this run is: by its trajectory, which may be empty."""
+        assert self._server is not None
+        if self._log is None:
+            raise EngineError(
+                f"zo_server={self.args.zo_server!r} follows a run by its trajectory, and this one writes none, because it "
+                "goes on from a state that no trajectory leads to. Start a new run."
+            )
+        trajectory, params = self._log.trajectory, self._zo_optimizer.params
+        tensors = {f"initial/{name}": t for name, t in trajectory.initial.items()}
+        prefix = getattr(getattr(self.model, "base_model", None), "prefix", None)
+        if isinstance(self.model, PeftModel) and prefix is not None:  # what the base does not determine, such as ZO-Act's basis
+            frozen = {name: p for name, p in self.model.named_parameters() if prefix in name and name not in params}
+            tensors.update({f"frozen/{name}": p for name, p in frozen.items()})
+        told = {
+            "header": trajectory.header,
+            "steps": [[step.losses, step.learning_rates, step.skipped] for step in trajectory.steps],
+            "hash": content_hash(params),
+            "options": self.compute_loss_func is option_loss,
+            "arguments": {name: getattr(self.args, name) for name in SERVED_ARGUMENTS},
+        }
+        self._server.start(told, tensors)
+        self._served = self._log
 
     def _check_model(self, model: nn.Module) -> None:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -316,12 +363,19 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
         window, self._window = self._window, []
         if self._log is not None and len(self._log.trajectory.steps) != self.state.global_step:
             self._open_log()  # the loop began anew: train() again, or a retry with smaller batches
+        if self._server is not None and self._served is not self._log:
+            self._start_server()
         optimizer = self._zo_optimizer
         losses_of_step: list[float] = []
         self._losses = losses_of_step
+        step, server = self.state.global_step, self._server
+        served = iter(server.losses(step, window, num_items_in_batch) if server is not None else ())
 
         def oracle(probes: Sequence[Probe]) -> list[float]:
-            losses = self._measure(model, probes, window, num_items_in_batch)
+            if server is not None:
+                losses = list(itertools.islice(served, len(probes)))
+            else:
+                losses = self._measure(model, probes, window, num_items_in_batch)
             losses_of_step.extend(losses)
             return self._finite(losses)
 

@@ -84,6 +84,9 @@ class ZOTrainingArguments(TrainingArguments):
         zo_runtime (`str`, defaults to `"torch"`):
             Who computes the forward passes of the training and of evaluation losses: `"torch"`, or `"vllm"`, an engine in this
             process that reads the model's own weights (`hf_zo.runtimes.vllm`; causal language models).
+        zo_server (`str`, *optional*):
+            Address of a running `hf-zo vllm-serve`, such as `"http://127.0.0.1:8123"`, which then measures the losses of the
+            training instead of an engine in this process; only with `zo_runtime="vllm"` (`hf_zo.runtimes.remote`).
         zo_restore (`str`, defaults to `"auto"`):
             How the weights survive the probes: `"copy"`, `"transient"` or `"in_place"`, see `hf_zo.runtimes.torch`.
             With `torch_compile`, `"auto"` means `"copy"` and `"transient"` is refused: a compiled model calls no hooks.
@@ -145,6 +148,7 @@ class ZOTrainingArguments(TrainingArguments):
     zo_nonfinite: str = field(default="raise", metadata={"help": "On a non-finite loss: 'raise' or 'skip'."})
     zo_objective: str = field(default="loss", metadata={"help": "What a probe measures: 'loss', 'accuracy', 'f1'."})
     zo_runtime: str = field(default="torch", metadata={"help": "Who computes the forward passes: 'torch' or 'vllm'."})
+    zo_server: str | None = field(default=None, metadata={"help": "Address of a running `hf-zo vllm-serve`."})
     zo_restore: Restore = field(default="auto", metadata={"help": "'auto', 'copy', 'transient' or 'in_place'."})
     zo_packing: bool = field(default=True, metadata={"help": "No padding and no unread logits, where losses stay the same."})
     zo_trajectory: bool = field(default=True, metadata={"help": "Write trajectory.safetensors beside the checkpoints."})
@@ -222,6 +226,10 @@ class ZOTrainingArguments(TrainingArguments):
             )
         if self.zo_runtime == "vllm":
             self._check_vllm()
+        elif self.zo_server is not None:
+            raise ValueError(
+                f"zo_server={self.zo_server!r} measures losses only with zo_runtime='vllm'; set it, or unset this."
+            )
         if not self.zo_save_weights and not self.zo_trajectory:
             raise ValueError("zo_save_weights=False keeps the trajectory instead of weights; leave zo_trajectory at True.")
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
@@ -239,6 +247,12 @@ class ZOTrainingArguments(TrainingArguments):
             raise ValueError(
                 "bf16=True autocasts around the model, which zo_runtime='vllm' does not follow; load the model in bfloat16."
             )
+        if self.zo_server is None:
+            return
+        if not self.zo_trajectory:
+            raise ValueError("zo_server follows the run by its trajectory; leave zo_trajectory at True.")
+        if self.zo_restore == "in_place":
+            raise ValueError("zo_restore='in_place' drifts, so that a zo_server would part from the trainer; use 'auto'.")
 
     def _check_methods(self) -> None:
         known = hyperparameters(self.zo_method)

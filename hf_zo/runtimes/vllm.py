@@ -237,7 +237,7 @@ def graft(engine: nn.Module, model: nn.Module) -> list[str]:
             left.append(name)
             continue
         for owner in owners:
-            weight = getattr(getattr(owner, "base_layer", owner), "weight", None)
+            weight: Any = getattr(getattr(owner, "base_layer", owner), "weight", None)
             if type(getattr(weight, "data", None)) is torch.Tensor and weight.is_floating_point() and weight.dtype != dtype:
                 raise EngineError(
                     f"zo_runtime='vllm' computes in one dtype, but {name} is {weight.dtype} in a model of {dtype}: load the "
