@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from support import (
     CASES,
@@ -27,6 +28,7 @@ from support import (
     assert_same_weights,
     collate,
     digest,
+    tiny_llama,
     weights_of,
 )
 from tasks.tiny import ROWS, make_bpe
@@ -332,6 +334,17 @@ def test_an_architecture_that_vllm_does_not_serve() -> None:
     model.__class__.__name__ = "XGLMForCausalLM"  # one of transformers that vLLM has no implementation of
     with pytest.raises(EngineError, match=r"vLLM cannot serve XGLMForCausalLM.*zo_runtime='torch'"):
         Engine(model)
+
+
+def test_heads_that_the_attention_does_not_take() -> None:
+    with pytest.raises(EngineError, match=r"vLLM cannot serve LlamaForCausalLM.*zo_runtime='torch'"):
+        Engine(tiny_llama())  # heads of 8
+
+
+def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    with pytest.raises(ValueError, match="zo_runtime='vllm' runs in one process, and 2 were launched"):
+        trainer_of(tmp_path, "mezo", "full")
 
 
 def test_layers_that_cannot_be_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
