@@ -396,11 +396,24 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
                 # E s^2 is the squared gradient norm for directions of unit variance
                 "grad_norm": math.sqrt(sum(s * s for s in estimate.projected_gradients) / len(estimate.projected_gradients)),
             }
+            if self._engine is not None and self.state.global_step == 0:
+                self._warn_of_rounding(self._engine.rounding, 2 * optimizer.estimator.eps * self._metrics_of_step["grad_norm"])
         empty_cache_steps = self.args.torch_empty_cache_steps
         if empty_cache_steps is not None and self.state.global_step % empty_cache_steps == 0:
             clear_device_cache()
         # A skipped step reports the loss of the step before it, never 0; zo/skipped_steps tells them apart.
         return torch.tensor(self._last_loss, device=self.args.device)
+
+    def _warn_of_rounding(self, rounding: float, moved: float) -> None:
+        """Probes have to move the loss by more than two ways of computing it differ."""
+        if self.args.zo_objective == "loss" and rounding > moved / 2:
+            logger.warning(
+                "zo_eps=%g is small for this engine: the probes of the first step move the loss by %.1e, and its rounding is "
+                "about %.1e (vLLM's loss of the first batch against the model's own). Use a larger zo_eps, or float32.",
+                self.args.zo_eps,
+                moved,
+                rounding,
+            )
 
     def _measure(
         self, model: nn.Module, probes: Sequence[Probe], window: list[dict[str, Any]], num_items: torch.Tensor | int | None

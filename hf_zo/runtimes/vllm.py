@@ -84,6 +84,7 @@ class Engine:
             self._llm = _running[key]
             self.grafted = self._graft()
         self.checked = False
+        self.rounding = 0.0  # by which the two ways of computing the first batch's loss differ
 
     def _graft(self) -> list[str]:
         runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -93,7 +94,7 @@ class Engine:
         return done
 
     def check(self, served: float, own: float) -> None:
-        """Compare the loss of a batch as the engine computes it with the model's own.
+        """Compare the loss of a batch as the engine computes it with the model's own, and keep how far they are apart.
 
         Raises:
             EngineError: if they differ by more than rounding explains.
@@ -104,7 +105,7 @@ class Engine:
                 f"vLLM's loss of the first batch is {served:.6g}, the model's own {own:.6g}: this architecture is computed "
                 "differently. Use zo_runtime='torch'."
             )
-        self.checked = True
+        self.checked, self.rounding = True, abs(served - own)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
