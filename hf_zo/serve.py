@@ -68,6 +68,8 @@ class Serving:
         self.description = description(self._fresh)
         if runtime == "vllm":
             Engine(self._fresh)  # which every run takes over; started now, so that what cannot work is told now
+        self._trainer: Any = None
+        self._optimizer: Any = None
         self._estimate: Estimate | None = None
         self._losses: list[float] = []
 
@@ -101,6 +103,7 @@ class Serving:
 
     def _start(self, told: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         self.session, header = "", told["header"]
+        self._trainer = self._optimizer = self._estimate = None  # the run before, with its copy of the weights
         steps = [Step(tuple(losses), tuple(rates), skipped) for losses, rates, skipped in told["steps"]]
         initial = {name.removeprefix("initial/"): t for name, t in tensors.items() if name.startswith("initial/")}
         trajectory = Trajectory(header, steps, initial)
@@ -129,7 +132,7 @@ class Serving:
         walk(self._optimizer, trajectory)
         if content_hash(params) != told["hash"]:
             raise TrajectoryError(f"the trajectory's {len(steps)} steps lead to other weights here (content hash).")
-        self._trainer: Any = ZOTrainer(model, arguments, compute_loss_func=option_loss if told["options"] else None)
+        self._trainer = ZOTrainer(model, arguments, compute_loss_func=option_loss if told["options"] else None)
         self._trainer._runtime = TorchRuntime(params, arguments.zo_restore, model)
         self.step, self.session = len(steps), secrets.token_hex(8)
         logger.info("Follows a run of %s from step %d.", header["method"], self.step)
