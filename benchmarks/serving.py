@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_colla
 from hf_zo import ZOTrainer, ZOTrainingArguments
 from hf_zo.directions import Probe
 from hf_zo.runtimes.torch import evaluation_mode
+from hf_zo.runtimes.vllm import llvmlite_as_others
 from hf_zo.tasks import OptionCollator, encode_rows, get_task, load_rows, option_loss
 
 mpl.use("Agg")
@@ -125,9 +126,17 @@ def scoring(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = fixed(16, 64, 49152)
     ours = Ours(load(arguments.model, "full"), {"zo_runtime": "vllm"}, rows, default_data_collator)
     trainer = ours.trainer
-    separate = vllm.LLM(
-        arguments.model, enforce_eager=True, enable_prefix_caching=False, dtype="bfloat16", max_model_len=2048, max_logprobs=1
-    )
+    threads = torch.get_num_threads()
+    with llvmlite_as_others():
+        separate = vllm.LLM(
+            arguments.model,
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            dtype="bfloat16",
+            max_model_len=2048,
+            max_logprobs=1,
+        )
+    torch.set_num_threads(threads)  # the engine takes all cores for itself
     prompts = [{"prompt_token_ids": row["input_ids"].tolist()} for row in rows]
     wanted = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
     found: dict[str, float] = {}
@@ -197,23 +206,22 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
         ours = Ours(
             load(arguments.model, form), {**settings, "zo_runtime": "vllm"}, fixed(16, 64, 49152), default_data_collator
         )
-        engine, inside = ours.trainer._engine, [0.0]
-        encode = engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.forward
+        served, inside = ours.trainer._engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner.model, [0.0]
+        seconds = in_turn({"step": ours.step, "bare": ours.bare}, arguments.repeats)
 
-        def timed(*args: Any, encode: Any = encode, inside: list[float] = inside, **kwargs: Any) -> Any:
+        def timed(*args: Any, forward: Any = served.forward, inside: list[float] = inside, **kwargs: Any) -> Any:
             begin = time.perf_counter()
             try:
-                return encode(*args, **kwargs)
+                return forward(*args, **kwargs)
             finally:
                 inside[0] += time.perf_counter() - begin
 
-        seconds = in_turn({"step": ours.step, "bare": ours.bare}, arguments.repeats)
-        engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.forward = timed
+        served.forward = timed
         begin = time.perf_counter()
         for _ in range(arguments.repeats):
             ours.bare()
         total = time.perf_counter() - begin
-        del engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.forward
+        del served.forward
         told[name] = {
             **{f"{part}_seconds": round(statistics.median(values), 4) for part, values in seconds.items()},
             "step_over_bare": ratio(seconds["step"], seconds["bare"]),

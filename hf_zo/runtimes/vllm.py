@@ -161,7 +161,7 @@ def _start(config: Any, dtype: torch.dtype, max_tokens: int, max_length: int) ->
         words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
         PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
         try:
-            with _llvmlite_as_others():
+            with llvmlite_as_others():
                 return vllm.LLM(
                     folder,
                     runner="pooling",
@@ -182,7 +182,7 @@ def _start(config: Any, dtype: torch.dtype, max_tokens: int, max_length: int) ->
 
 
 @contextmanager
-def _llvmlite_as_others() -> Iterator[None]:
+def llvmlite_as_others() -> Iterator[None]:
     """While it starts, vLLM reads ``__dict__`` of whatever any module holds; llvmlite's library object answers every name."""
     if "llvmlite.binding.ffi" not in sys.modules:
         yield
