@@ -274,7 +274,8 @@ def test_a_wrong_number_of_losses_is_an_error():
 def test_register_knows_the_settings():
     assert METHODS["mezo"] is MeZO
     found = hyperparameters("mezo")
-    assert found == {"num_directions": 1, "seed": 0, "eps": 1e-3, "clip": None, "direction": "gaussian"}
+    common = {"seed": 0, "eps": 1e-3, "clip": None, "direction": "gaussian", "direction_rank": 16}
+    assert found == {"num_directions": 1, **common}
 
 
 def test_unknown_method_lists_those_that_exist():
