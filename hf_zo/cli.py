@@ -146,6 +146,31 @@ def card(folder: Path) -> None:
     print(folder / "README.md")
 
 
+def serve(model: str, adapter: str | None, host: str, port: int, dtype: str, runtime: str) -> None:
+    """Measure losses for a trainer with ``zo_server`` until interrupted.
+
+    Raises:
+        UsageError: if the address is in use, or the model cannot be loaded or served.
+    """
+    from .runtimes.vllm import EngineError
+    from .serve import Listener, Serving
+
+    try:
+        listener = Listener(host, port)
+    except OSError as error:
+        raise UsageError(f"--port {port} at {host} cannot be used ({error.strerror}); choose another --port.") from error
+    with listener:
+        try:
+            listener.serving = Serving(model, adapter, dtype, runtime)
+        except (EngineError, OSError, ValueError) as error:
+            raise UsageError(f"{model} cannot be served: {error}") from error
+        print(f"http://{host}:{listener.server_port} serves {model}; give it to the trainer as zo_server", flush=True)
+        try:
+            listener.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped")
+
+
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -256,6 +281,13 @@ def _parser() -> argparse.ArgumentParser:
     upload.add_argument("run_dir", type=Path)
     upload.add_argument("repo_id")
     upload.add_argument("--private", action="store_true")
+    server = commands.add_parser("vllm-serve", help="measure losses for a trainer in another process (zo_server)")
+    server.add_argument("model", help="base model: a folder or a Hub id")
+    server.add_argument("--peft", metavar="DIR", help="adapter to train on; default: what the trainer describes")
+    server.add_argument("--host", default="127.0.0.1", help="address to bind; there is no password")
+    server.add_argument("--port", type=int, default=8123)
+    server.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    server.add_argument("--runtime", choices=("vllm", "torch"), default="vllm", help="who computes the forward passes")
     runs = commands.add_parser("trajectory", help="look at trajectories").add_subparsers(dest="look", required=True)
     show = runs.add_parser("show", help="what a trajectory holds")
     show.add_argument("file", type=Path)
@@ -287,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             card(arguments.run_dir)
         elif arguments.command == "push":
             push(arguments.run_dir, arguments.repo_id, arguments.private)
+        elif arguments.command == "vllm-serve":
+            serve(arguments.model, arguments.peft, arguments.host, arguments.port, arguments.dtype, arguments.runtime)
         elif arguments.look == "show":
             show_trajectory(arguments.file, arguments.plot)
         else:

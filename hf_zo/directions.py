@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -23,6 +24,9 @@ class TensorSpec:
     shape: tuple[int, ...]
     device: torch.device
 
+
+Entries = Literal["gaussian", "rademacher", "factorised"]
+"""How the direction of a tensor is drawn: independent Gaussian entries, signs, or for matrices ``U V^T / sqrt(r)``."""
 
 Space = Mapping[str, TensorSpec]
 """The trainable tensors by canonical name, in ``named_parameters()`` order (tied tensors appear once)."""
@@ -83,6 +87,71 @@ class DenseDirection(Direction):
         """The direction of tensor ``name``."""
         spec = self.space[name]
         return noise.sample(self.key(name), spec.shape, spec.device, self.kind)
+
+
+class LowRankDirection(Direction):
+    """``U V^T / r^power`` for tensors with two or more dimensions, dense noise for the others; Gaussian.
+
+    Args:
+        space: the trainable tensors.
+        seed: run seed.
+        step: optimizer step that U belongs to.
+        interval: number of the interval that V belongs to, which steps may share.
+        rank: r, clipped to the smaller dimension of a tensor. Those with three or more are taken as first x all others.
+        index: number of the direction within the step.
+        power: 1/2 gives entries of variance 1, as a dense direction has them.
+    """
+
+    def __init__(
+        self, space: Space, seed: int, step: int, interval: int, rank: int, *, index: int = 0, power: float = 0.0
+    ) -> None:
+        self.space = space
+        self.seed = seed
+        self.step = step
+        self.interval = interval
+        self.rank = rank
+        self.index = index
+        self.power = power
+
+    def matrix(self, name: str) -> tuple[int, int, int]:
+        """``(m, n, r)`` of a tensor; r is at most the smaller of m and n."""
+        shape = self.space[name].shape
+        m, n = shape[0], torch.Size(shape[1:]).numel()
+        return m, n, min(self.rank, m, n)
+
+    def left(self, name: str) -> torch.Tensor:
+        """U of the step, m x r; for tensors with fewer than two dimensions the dense noise itself."""
+        spec = self.space[name]
+        key = noise.stream_key(self.seed, self.step, self.index, "direction", name)
+        shape = spec.shape
+        if len(shape) > 1:
+            m, _, r = self.matrix(name)
+            shape = (m, r)
+        return noise.sample(key, shape, spec.device)
+
+    def right(self, name: str) -> torch.Tensor:
+        """V of the interval, n x r."""
+        _, n, r = self.matrix(name)
+        key = noise.stream_key(self.seed, self.interval, self.index, "subspace", name)
+        return noise.sample(key, (n, r), self.space[name].device)
+
+    def sample(self, name: str) -> torch.Tensor:
+        """The direction of tensor ``name``."""
+        return self.expanded(name, self.left(name))
+
+    def expanded(self, name: str, left: torch.Tensor) -> torch.Tensor:
+        """``left V^T`` in the tensor's shape; tensors with fewer than two dimensions have no V."""
+        shape = self.space[name].shape
+        return left if len(shape) < 2 else noise.product(left, self.right_t(name)).view(shape)
+
+    def right_t(self, name: str) -> torch.Tensor:
+        """``V^T / r^power``."""
+        right = self.right(name)
+        return (right / right.shape[1] ** self.power if self.power else right).T.contiguous()
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """U and V^T; None for tensors with fewer than two dimensions."""
+        return None if len(self.space[name].shape) < 2 else (self.left(name), self.right_t(name))
 
 
 @dataclass(frozen=True)

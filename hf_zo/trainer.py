@@ -38,10 +38,12 @@ from .optimizer import ZOOptimizer
 from .packing import Packing
 from .precision import LossesSeen, fp32_losses
 from .runtimes import TorchRuntime
+from .runtimes.remote import SERVED_ARGUMENTS, Server
 from .runtimes.torch import Randomness, evaluation_mode
-from .runtimes.vllm import Engine
-from .tasks.scoring import OptionLabels
+from .runtimes.vllm import Engine, EngineError
+from .tasks.scoring import OptionLabels, option_loss
 from .training_args import Trained, ZOTrainingArguments, recommended
+from .trajectory import content_hash
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +100,10 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
             model = self._with_basis_adapter(model, args)
         super().__init__(model, args, *rest, **kwargs)
         self._check_model(self.model)
-        self._engine = Engine(self.model) if args.zo_runtime == "vllm" else None
+        self._engine = self._engine_of(self.model)
+        if args.zo_server is not None:
+            self._check_served()
+            self._server = Server(args.zo_server, self.model)
         self._packing, self._losses_seen = self._packing_of(self.model), LossesSeen()
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self._resolve_defaults()
@@ -171,6 +176,59 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
         enabled = self.args.zo_packing and own and not self.args.torch_compile
         return Packing(model, enabled, in_rows=self._engine is None)
 
+    def _engine_of(self, model: nn.Module) -> Engine | None:
+        """The engine that computes forward passes of ``model`` in this process, if the arguments want one."""
+        if self.args.zo_runtime != "vllm" or self.args.zo_server is not None:
+            return None
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"zo_runtime='vllm' runs in one process, and {self.accelerator.num_processes} were launched; launch one, or "
+                "use zo_runtime='torch'."
+            )
+        return Engine(model)
+
+    def _check_served(self) -> None:
+        """Refuse what a server cannot compute, because it is code of this process."""
+        own = type(self).compute_loss is ZOTrainerMixin.compute_loss
+        own = own and super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[attr-defined]
+        for wrong, what in (
+            (self.accelerator.num_processes > 1, f"{self.accelerator.num_processes} processes"),
+            (self._objective_fn is not None, "objective_fn"),
+            (self.args.zo_objective not in ("loss", "accuracy"), f"zo_objective={self.args.zo_objective!r}"),
+            (self.compute_loss_func not in (None, option_loss), "compute_loss_func (other than hf_zo.tasks.option_loss)"),
+            (self.label_smoother is not None, "label_smoothing_factor"),
+            (not own, f"{type(self).__name__}.compute_loss"),
+        ):
+            if wrong:
+                raise ValueError(
+                    f"zo_server={self.args.zo_server!r} does not work with {what}: the server measures the loss or the "
+                    "accuracy of a single process, with the loss of the model or of hf_zo.tasks. Unset zo_server."
+                )
+
+    def _start_server(self) -> None:
+        """Bring the server to where this run is: by its trajectory, which may be empty."""
+        assert self._server is not None
+        if self._log is None:
+            raise EngineError(
+                f"zo_server={self.args.zo_server!r} follows a run by its trajectory, and this one writes none, because it "
+                "goes on from a state that no trajectory leads to. Start a new run."
+            )
+        trajectory, params = self._log.trajectory, self._zo_optimizer.params
+        tensors = {f"initial/{name}": t for name, t in trajectory.initial.items()}
+        prefix = getattr(getattr(self.model, "base_model", None), "prefix", None)
+        if isinstance(self.model, PeftModel) and prefix is not None:  # what the base does not determine, such as ZO-Act's basis
+            frozen = {name: p for name, p in self.model.named_parameters() if prefix in name and name not in params}
+            tensors.update({f"frozen/{name}": p for name, p in frozen.items()})
+        told = {
+            "header": trajectory.header,
+            "steps": [[step.losses, step.learning_rates, step.skipped] for step in trajectory.steps],
+            "hash": content_hash(params),
+            "options": self.compute_loss_func is option_loss,
+            "arguments": {name: getattr(self.args, name) for name in SERVED_ARGUMENTS},
+        }
+        self._server.start(told, tensors)
+        self._served = self._log
+
     def _check_model(self, model: nn.Module) -> None:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
@@ -242,6 +300,7 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
             if not self._calibrated and (self._resume_from is None or is_weightless(self._resume_from)):
                 self._calibrate()
         if self._packing.model is not model:
+            self._engine = self._engine_of(model)
             self._packing, self._losses_seen = self._packing_of(model), LossesSeen()
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Resuming has loaded the weights by now, and PEFT loads a 16-bit adapter as fp32: the values are the same, but the
@@ -304,12 +363,19 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
         window, self._window = self._window, []
         if self._log is not None and len(self._log.trajectory.steps) != self.state.global_step:
             self._open_log()  # the loop began anew: train() again, or a retry with smaller batches
+        if self._server is not None and self._served is not self._log:
+            self._start_server()
         optimizer = self._zo_optimizer
         losses_of_step: list[float] = []
         self._losses = losses_of_step
+        step, server = self.state.global_step, self._server
+        served = iter(server.losses(step, window, num_items_in_batch) if server is not None else ())
 
         def oracle(probes: Sequence[Probe]) -> list[float]:
-            losses = self._measure(model, probes, window, num_items_in_batch)
+            if server is not None:
+                losses = list(itertools.islice(served, len(probes)))
+            else:
+                losses = self._measure(model, probes, window, num_items_in_batch)
             losses_of_step.extend(losses)
             return self._finite(losses)
 
@@ -330,11 +396,24 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
                 # E s^2 is the squared gradient norm for directions of unit variance
                 "grad_norm": math.sqrt(sum(s * s for s in estimate.projected_gradients) / len(estimate.projected_gradients)),
             }
+            if self._engine is not None and self.state.global_step == 0:
+                self._warn_of_rounding(self._engine.rounding, 2 * optimizer.estimator.eps * self._metrics_of_step["grad_norm"])
         empty_cache_steps = self.args.torch_empty_cache_steps
         if empty_cache_steps is not None and self.state.global_step % empty_cache_steps == 0:
             clear_device_cache()
         # A skipped step reports the loss of the step before it, never 0; zo/skipped_steps tells them apart.
         return torch.tensor(self._last_loss, device=self.args.device)
+
+    def _warn_of_rounding(self, rounding: float, moved: float) -> None:
+        """Probes have to move the loss by more than two ways of computing it differ."""
+        if self.args.zo_objective == "loss" and rounding > moved / 2:
+            logger.warning(
+                "zo_eps=%g is small for this engine: the probes of the first step move the loss by %.1e, and its rounding is "
+                "about %.1e (vLLM's loss of the first batch against the model's own). Use a larger zo_eps, or float32.",
+                self.args.zo_eps,
+                moved,
+                rounding,
+            )
 
     def _measure(
         self, model: nn.Module, probes: Sequence[Probe], window: list[dict[str, Any]], num_items: torch.Tensor | int | None

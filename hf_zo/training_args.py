@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
+from .directions import Entries
 from .estimators import METHODS, hyperparameters
-from .noise import Kind
 from .runtimes import Restore
 
 Trained = Literal["full", "lora", "prefix"]
@@ -67,7 +67,11 @@ class ZOTrainingArguments(TrainingArguments):
         zo_num_directions (`int`, *optional*):
             Directions per step. Default: the method's own (MeZO 1).
         zo_direction (`str`, defaults to `"gaussian"`):
-            Entries of a dense direction: `"gaussian"` or `"rademacher"` (signs; slightly less variance, cheaper to draw).
+            Entries of a direction: `"gaussian"`, `"rademacher"` (signs; slightly less variance, cheaper to draw), or
+            `"factorised"`: matrices along `U Vᵀ / sqrt(zo_direction_rank)`, fresh in every step, other tensors densely (not
+            for lozo, whose factors are its own, nor for curvzo).
+        zo_direction_rank (`int`, defaults to 16):
+            Rank of factorised directions; 16 to 64 is usual. Clipped to a tensor's smaller dimension.
         zo_seed (`int`, *optional*):
             Key of all directions. Default: `seed`.
         zo_clip (`float`, *optional*):
@@ -80,6 +84,9 @@ class ZOTrainingArguments(TrainingArguments):
         zo_runtime (`str`, defaults to `"torch"`):
             Who computes the forward passes of the training and of evaluation losses: `"torch"`, or `"vllm"`, an engine in this
             process that reads the model's own weights (`hf_zo.runtimes.vllm`; causal language models).
+        zo_server (`str`, *optional*):
+            Address of a running `hf-zo vllm-serve`, such as `"http://127.0.0.1:8123"`, which then measures the losses of the
+            training instead of an engine in this process; only with `zo_runtime="vllm"` (`hf_zo.runtimes.remote`).
         zo_restore (`str`, defaults to `"auto"`):
             How the weights survive the probes: `"copy"`, `"transient"` or `"in_place"`, see `hf_zo.runtimes.torch`.
             With `torch_compile`, `"auto"` means `"copy"` and `"transient"` is refused: a compiled model calls no hooks.
@@ -134,12 +141,14 @@ class ZOTrainingArguments(TrainingArguments):
     zo_method: str = field(default="mezo", metadata={"help": f"Gradient estimator: {', '.join(METHODS)}."})
     zo_eps: float | None = field(default=None, metadata={"help": "Smoothing radius. Default: by what is trained."})
     zo_num_directions: int | None = field(default=None, metadata={"help": "Directions per step. Default: the method's."})
-    zo_direction: Kind = field(default="gaussian", metadata={"help": "'gaussian' or 'rademacher'."})
+    zo_direction: Entries = field(default="gaussian", metadata={"help": "'gaussian', 'rademacher' or 'factorised'."})
+    zo_direction_rank: int = field(default=16, metadata={"help": "Rank of factorised directions."})
     zo_seed: int | None = field(default=None, metadata={"help": "Key of all directions. Default: seed."})
     zo_clip: float | None = field(default=None, metadata={"help": "Bound on the absolute projected gradient."})
     zo_nonfinite: str = field(default="raise", metadata={"help": "On a non-finite loss: 'raise' or 'skip'."})
     zo_objective: str = field(default="loss", metadata={"help": "What a probe measures: 'loss', 'accuracy', 'f1'."})
     zo_runtime: str = field(default="torch", metadata={"help": "Who computes the forward passes: 'torch' or 'vllm'."})
+    zo_server: str | None = field(default=None, metadata={"help": "Address of a running `hf-zo vllm-serve`."})
     zo_restore: Restore = field(default="auto", metadata={"help": "'auto', 'copy', 'transient' or 'in_place'."})
     zo_packing: bool = field(default=True, metadata={"help": "No padding and no unread logits, where losses stay the same."})
     zo_trajectory: bool = field(default=True, metadata={"help": "Write trajectory.safetensors beside the checkpoints."})
@@ -215,6 +224,12 @@ class ZOTrainingArguments(TrainingArguments):
                 "zo_restore='transient' works by hooks, which a compiled model does not call; with torch_compile use 'auto' or "
                 "'copy', which mutate the weights in place and put them back."
             )
+        if self.zo_runtime == "vllm":
+            self._check_vllm()
+        elif self.zo_server is not None:
+            raise ValueError(
+                f"zo_server={self.zo_server!r} measures losses only with zo_runtime='vllm'; set it, or unset this."
+            )
         if not self.zo_save_weights and not self.zo_trajectory:
             raise ValueError("zo_save_weights=False keeps the trajectory instead of weights; leave zo_trajectory at True.")
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
@@ -225,10 +240,29 @@ class ZOTrainingArguments(TrainingArguments):
         if self.zo_seed is not None and not -(2**63) <= self.zo_seed < 2**63:
             raise ValueError(f"zo_seed={self.zo_seed} does not fit into 64 bits.")
 
+    def _check_vllm(self) -> None:
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError("torch_compile=True compiles the model, whose layers zo_runtime='vllm' calls singly; unset it.")
+        if self.bf16:
+            raise ValueError(
+                "bf16=True autocasts around the model, which zo_runtime='vllm' does not follow; load the model in bfloat16."
+            )
+        if self.zo_server is None:
+            return
+        if not self.zo_trajectory:
+            raise ValueError("zo_server follows the run by its trajectory; leave zo_trajectory at True.")
+        if self.zo_restore == "in_place":
+            raise ValueError("zo_restore='in_place' drifts, so that a zo_server would part from the trainer; use 'auto'.")
+
     def _check_methods(self) -> None:
         known = hyperparameters(self.zo_method)
         if self.zo_num_directions is not None and "num_directions" not in known:
             raise ValueError(f"zo_num_directions does nothing for zo_method={self.zo_method!r}; leave it unset.")
+        if self.zo_direction_rank != 16 and self.zo_direction != "factorised":
+            raise ValueError(
+                f"zo_direction_rank={self.zo_direction_rank} does nothing for zo_direction={self.zo_direction!r}; set "
+                "zo_direction='factorised' or leave it at 16."
+            )
         METHODS[self.zo_method]({}, **self.estimator_kwargs())  # each method knows the domains of its settings
         for f in fields(self):
             owner = next((m for m in METHODS if f.name.startswith(f"{m}_")), self.zo_method)

@@ -357,22 +357,11 @@ def replay(
         TrajectoryError: if the model is not the one that the run started from, or the end differs from the run's.
     """
     header = trajectory.header
-    params = _matching(model, header, approximate)
+    params = matching(model, header, approximate)
     restore_start(params, trajectory)
     if not approximate:
         verify_start(model, params, trajectory)
-    estimator = METHODS[header["method"]](space_of(params), **header["settings"])
-    tensors = [params[name] for name, *_ in header["tensors"]]
-    groups = [
-        {
-            **{k: tuple(v) if k == "betas" else v for k, v in group.items() if k != "tensors"},
-            "params": [tensors[i] for i in group["tensors"]],
-            "lr": 0.0,
-        }
-        for group in header["groups"]
-    ]
-    inner = None if header["optimizer"] is None else _optimizer_class(header["optimizer"])(groups)
-    optimizer = ZOOptimizer(groups, {p: name for name, p in params.items()}, estimator, inner)
+    optimizer = optimizer_of(header, params)
     walk(optimizer, trajectory, until, on_step)
     complete = until is None or until >= len(trajectory.steps)
     if complete and not approximate and "final_hash" in header and header["final_hash"] != content_hash(params):
@@ -384,6 +373,22 @@ def replay(
     return model
 
 
+def optimizer_of(header: Mapping[str, Any], params: Mapping[str, torch.Tensor]) -> ZOOptimizer:
+    """The optimizer of a run, with its estimator, over ``params``; before the first step."""
+    estimator = METHODS[header["method"]](space_of(params), **header["settings"])
+    tensors = [params[name] for name, *_ in header["tensors"]]
+    groups = [
+        {
+            **{k: tuple(v) if k == "betas" else v for k, v in group.items() if k != "tensors"},
+            "params": [tensors[i] for i in group["tensors"]],
+            "lr": 0.0,
+        }
+        for group in header["groups"]
+    ]
+    inner = None if header["optimizer"] is None else _optimizer_class(header["optimizer"])(groups)
+    return ZOOptimizer(groups, {p: name for name, p in params.items()}, estimator, inner)
+
+
 def walk(
     optimizer: ZOOptimizer, trajectory: Trajectory, until: int | None = None, on_step: Callable[[int], None] | None = None
 ) -> None:
@@ -393,14 +398,18 @@ def walk(
         TrajectoryError: if a step holds more or fewer losses than its method asks for.
     """
     for number, step in enumerate(trajectory.steps[:until]):
-        rates = _widened(step.learning_rates, len(optimizer.param_groups))
-        for group, lr in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr
-        estimate = None if step.skipped else _estimate(optimizer.estimator, number, step)
-        optimizer.stage(estimate, len(step.losses))
-        optimizer.step()
+        apply_estimate(optimizer, None if step.skipped else _estimate(optimizer.estimator, number, step), step)
         if on_step is not None:
             on_step(number)
+
+
+def apply_estimate(optimizer: ZOOptimizer, estimate: Estimate | None, step: Step) -> None:
+    """Make the update of a step at its learning rates; none for a step that was skipped."""
+    rates = _widened(step.learning_rates, len(optimizer.param_groups))
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+    optimizer.stage(estimate, len(step.losses))
+    optimizer.step()
 
 
 @torch.no_grad()
@@ -436,7 +445,7 @@ def projected_gradients(trajectory: Trajectory) -> list[tuple[float, ...]]:
     return found
 
 
-def _matching(model: nn.Module, header: dict[str, Any], approximate: bool) -> dict[str, torch.Tensor]:
+def matching(model: nn.Module, header: dict[str, Any], approximate: bool) -> dict[str, torch.Tensor]:
     """The model's tensors that the run trained.
 
     Raises:

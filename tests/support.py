@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ VOCABULARY = 64
 CASES: dict[str, dict[str, Any]] = {
     "mezo": {},
     "mezo-n3-rademacher": {"zo_method": "mezo", "zo_num_directions": 3, "zo_direction": "rademacher"},
+    "mezo-factorised": {"zo_method": "mezo", "zo_num_directions": 2, "zo_direction": "factorised", "zo_direction_rank": 3},
     "mezo-adamw": {"zo_method": "mezo", "optim": "adamw_torch", "learning_rate": 1e-3},
     "lozo": {"lozo_interval": 3},
     "lozo-momentum": {"zo_method": "lozo", "lozo_momentum": 0.7, "lozo_interval": 2},
@@ -218,3 +222,23 @@ class Recorder(TrainerCallback):
             see(name, state.global_step, kwargs)
 
         return call
+
+
+class ServerProcess:
+    """``hf-zo vllm-serve``, started and ready."""
+
+    def __init__(self, model: Path, port: int = 0, *options: str) -> None:
+        command = [sys.executable, "-m", "hf_zo.cli", "vllm-serve", str(model), "--port", str(port), *options]
+        # As many threads as the tests: sums in another order would be other bits.
+        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
+        assert self.process.stdout is not None
+        told = next((line for line in self.process.stdout if line.startswith("http")), None)
+        assert told is not None, "the server ended before it served"
+        self.url = told.split()[0]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from hf_zo import noise
-from hf_zo.directions import DenseDirection, Direction, Probe, TensorSpec, displace, space_of
-from hf_zo.estimators.lozo import LowRankDirection
+from hf_zo.directions import DenseDirection, Direction, LowRankDirection, Probe, TensorSpec, displace, space_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PARAMS = {
@@ -191,7 +190,7 @@ def test_low_rank_displacements_are_the_same_from_both_implementations(shape, dt
     theta = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.1).to(dtype)
     space = {"w": TensorSpec(shape, torch.device("cpu"))}
     low_rank = [LowRankDirection(space, 1, 2, 0, rank) for rank in (3, 2)]
-    terms = [(0.1, low_rank[0]), (0.2, low_rank[1]), (-1e-3, LowRankDirection(space, 1, 3, 0, 1, scaled=True))]
+    terms = [(0.1, low_rank[0]), (0.2, low_rank[1]), (-1e-3, LowRankDirection(space, 1, 3, 0, 1, power=1.0))]
 
     def apply(rows=None):
         chosen = theta if rows is None else theta[rows]

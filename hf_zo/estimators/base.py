@@ -10,12 +10,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 
 from .. import noise
-from ..directions import DenseDirection, Probe, Space, Terms, displace
+from ..directions import DenseDirection, Direction, Entries, LowRankDirection, Probe, Space, Terms, displace
 
 Oracle = Callable[[Sequence[Probe]], Sequence[float]]
 """Measures the loss of the current window at each probe, in fp64. May be called more than once in a step."""
@@ -56,7 +56,11 @@ class Estimator(ABC):
         seed: key of all directions.
         eps: smoothing radius.
         clip: bound on the absolute projected gradient, None for none.
-        direction: ``"gaussian"`` or ``"rademacher"`` entries of the dense directions.
+        direction: ``"gaussian"`` or ``"rademacher"`` entries, independent; or ``"factorised"``: matrices along
+            ``U V^T / sqrt(r)`` with fresh Gaussian U and V, whose entries have variance 1 too, other tensors densely. So
+            E[s z] is the gradient still, and E|s z|^2 = |G|^2 (mn + 2 + 2 (m + n + 1) / r) for one m x n matrix.
+        direction_rank: r of ``"factorised"``, clipped to a tensor's smaller dimension; 16 to 64 in arXiv 2605.28760, whose
+            other tensors stay frozen.
 
     Raises:
         ValueError: if a setting lies outside its domain.
@@ -80,19 +84,23 @@ class Estimator(ABC):
         seed: int = 0,
         eps: float = 1e-3,
         clip: float | None = None,
-        direction: noise.Kind = "gaussian",
+        direction: Entries = "gaussian",
+        direction_rank: int = 16,
     ) -> None:
         if not (eps > 0 and math.isfinite(eps)):
             raise ValueError(f"zo_eps must be a positive number, got {eps}.")
         if clip is not None and not clip > 0:
             raise ValueError(f"zo_clip must be positive or None, got {clip}.")
-        if direction not in ("gaussian", "rademacher"):
-            raise ValueError(f"zo_direction must be 'gaussian' or 'rademacher', got {direction!r}.")
+        if direction not in get_args(Entries):
+            raise ValueError(f"zo_direction must be 'gaussian', 'rademacher' or 'factorised', got {direction!r}.")
+        if direction_rank < 1:
+            raise ValueError(f"zo_direction_rank must be at least 1, got {direction_rank}.")
         self.space = space
         self.seed = seed
         self.eps = eps
         self.clip = clip
-        self.kind: noise.Kind = direction
+        self.entries = direction
+        self.direction_rank = direction_rank
         self.state: dict[str, Any] = {}
 
     @property
@@ -108,8 +116,19 @@ class Estimator(ABC):
         """Adopt the state that belongs to an estimate which is being applied."""
         self.state = estimate.state
 
+    @property
+    def kind(self) -> noise.Kind:
+        """Entries of the noise that directions are made of."""
+        return "rademacher" if self.entries == "rademacher" else "gaussian"
+
+    def direction_of(self, step: int, index: int) -> Direction:
+        """Direction number ``index`` of a step, of variance 1 in every entry."""
+        if self.entries == "factorised":
+            return LowRankDirection(self.space, self.seed, step, step, self.direction_rank, index=index, power=0.5)
+        return self.dense_direction(step, index)
+
     def dense_direction(self, step: int, index: int) -> DenseDirection:
-        """Direction number ``index`` of a step."""
+        """Direction number ``index`` of a step with independent entries."""
         return DenseDirection(self.space, self.seed, step, index, self.kind)
 
     def clipped(self, response: float) -> float:

@@ -131,7 +131,7 @@ class BSZO(Estimator):
     def estimate(self, step: int, oracle: Oracle) -> Estimate:
         """Observe every axis, then the widest ones again, filtering as the numbers come in."""
         k = self.num_directions
-        directions = [self.dense_direction(step, i) for i in range(k)]
+        directions = [self.direction_of(step, i) for i in range(k)]
         signs = (1.0, -1.0) if self.two_sided else (1.0,)
 
         def along(i: int) -> list[Probe]:

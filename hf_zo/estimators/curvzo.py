@@ -110,6 +110,8 @@ class CurvZO(Estimator):
         **common: Any,
     ) -> None:
         super().__init__(*args, **common)
+        if self.entries == "factorised":
+            raise ValueError("zo_direction='factorised': the scores of curvzo need independent entries; use 'gaussian'.")
         if not 0 < ema <= 1:
             raise ValueError(f"curvzo_ema must lie in (0, 1], got {ema}.")
         if not 0 <= mix <= 1:

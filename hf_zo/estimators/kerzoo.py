@@ -107,7 +107,7 @@ class KerZOO(Estimator):
 
     def estimate(self, step: int, oracle: Oracle) -> Estimate:
         """Measure both sides of every direction at its radius and weigh them by the kernel."""
-        directions = [self.dense_direction(step, i) for i in range(self.num_directions)]
+        directions = [self.direction_of(step, i) for i in range(self.num_directions)]
         if self.order == "richardson":
             radii = [x for _ in directions for x in (1.0, 0.5)]
             points = [(r, d) for d in directions for r in (1.0, 0.5)]

@@ -22,63 +22,10 @@ from typing import Any
 
 import torch
 
-from .. import noise
-from ..directions import Direction, Probe, Space
+from ..directions import Direction, LowRankDirection, Probe
 from .base import Estimate, Estimator, Oracle
 
 logger = logging.getLogger(__name__)
-
-
-class LowRankDirection(Direction):
-    """``U V^T`` for tensors with two or more dimensions, dense noise for the others."""
-
-    def __init__(self, space: Space, seed: int, step: int, interval: int, rank: int, scaled: bool = False) -> None:
-        self.space = space
-        self.seed = seed
-        self.step = step
-        self.interval = interval
-        self.rank = rank
-        self.scaled = scaled  # by 1 / r, as the estimate is
-
-    def matrix(self, name: str) -> tuple[int, int, int]:
-        """``(m, n, r)`` of a tensor; r is at most the smaller of m and n."""
-        shape = self.space[name].shape
-        m, n = shape[0], torch.Size(shape[1:]).numel()
-        return m, n, min(self.rank, m, n)
-
-    def left(self, name: str) -> torch.Tensor:
-        """U of the step, m x r; for tensors with fewer than two dimensions the dense noise itself."""
-        spec = self.space[name]
-        key = noise.stream_key(self.seed, self.step, 0, "direction", name)
-        shape = spec.shape
-        if len(shape) > 1:
-            m, _, r = self.matrix(name)
-            shape = (m, r)
-        return noise.sample(key, shape, spec.device)
-
-    def right(self, name: str) -> torch.Tensor:
-        """V of the interval, n x r."""
-        _, n, r = self.matrix(name)
-        key = noise.stream_key(self.seed, self.interval, 0, "subspace", name)
-        return noise.sample(key, (n, r), self.space[name].device)
-
-    def sample(self, name: str) -> torch.Tensor:
-        """The direction of tensor ``name``."""
-        return self.expanded(name, self.left(name))
-
-    def expanded(self, name: str, left: torch.Tensor) -> torch.Tensor:
-        """``left V^T`` in the tensor's shape; tensors with fewer than two dimensions have no V."""
-        shape = self.space[name].shape
-        return left if len(shape) < 2 else noise.product(left, self.right_t(name)).view(shape)
-
-    def right_t(self, name: str) -> torch.Tensor:
-        """``V^T``, over r where the direction is scaled."""
-        right = self.right(name)
-        return (right / right.shape[1] if self.scaled else right).T.contiguous()
-
-    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """U and V^T; None for tensors with fewer than two dimensions."""
-        return None if len(self.space[name].shape) < 2 else (self.left(name), self.right_t(name))
 
 
 class _Momentum(Direction):
@@ -136,8 +83,8 @@ class LoZO(Estimator):
             raise ValueError(f"lozo_interval must be at least 1, got {interval}.")
         if not 0 <= momentum < 1:
             raise ValueError(f"lozo_momentum must lie in [0, 1), got {momentum}.")
-        if self.kind != "gaussian":
-            raise ValueError(f"zo_direction={self.kind!r}: the factors of lozo are Gaussian; leave it at 'gaussian'.")
+        if self.entries != "gaussian":
+            raise ValueError(f"zo_direction={self.entries!r}: the factors of lozo are Gaussian; leave it at 'gaussian'.")
         self.rank = rank
         self.interval = interval
         self.momentum = momentum
@@ -153,7 +100,7 @@ class LoZO(Estimator):
 
     def direction(self, step: int, scaled: bool = False) -> LowRankDirection:
         """The direction of a step, over r if ``scaled``."""
-        return LowRankDirection(self.space, self.seed, step, step // self.interval, self.rank, scaled)
+        return LowRankDirection(self.space, self.seed, step, step // self.interval, self.rank, power=float(scaled))
 
     def estimate(self, step: int, oracle: Oracle) -> Estimate:
         """Measure both sides of ``U V^T``; with momentum, average within the subspace."""

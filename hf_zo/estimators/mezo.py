@@ -48,7 +48,7 @@ class MeZO(Estimator):
 
     def estimate(self, step: int, oracle: Oracle) -> Estimate:
         """Measure ``theta + eps z_i`` and ``theta - eps z_i`` and average ``s_i z_i``."""
-        directions = [self.dense_direction(step, i) for i in range(self.num_directions)]
+        directions = [self.direction_of(step, i) for i in range(self.num_directions)]
         losses = oracle([Probe(((radius, d),)) for d in directions for radius in (self.eps, -self.eps)])
         responses = [
             self.clipped((plus - minus) / (2 * self.eps)) for plus, minus in zip(losses[::2], losses[1::2], strict=True)

@@ -91,6 +91,10 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
         "data seed": args.data_seed if args.data_seed is not None else args.seed,
         "dtype of the model": str(next(base.parameters()).dtype).removeprefix("torch."),
     }
+    if args.zo_direction != "factorised":
+        del settings["direction_rank"]  # nothing was made of it
+    if args.zo_runtime != "torch":
+        settings["runtime"] = args.zo_runtime
     last = next((e for e in reversed(history) if "zo/forward_passes" in e), {})
     trained = next((e for e in reversed(history) if "train_runtime" in e), {})
     evaluated = next((e for e in reversed(history) if "eval_loss" in e), {})

@@ -360,7 +360,10 @@ def _taken(free: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     best = min(fitting, key=torch.Tensor.numel, default=None)
     given_up = suits if best is None else [best]
     free[:] = [x for x in free if not any(x is y for y in given_up)]
-    return torch.empty(like.numel(), dtype=like.dtype, device=like.device) if best is None else best
+    if best is not None:
+        return best
+    with torch.inference_mode(False):  # an engine calls modules in that mode, and a tensor made in it is read-only elsewhere
+        return torch.empty(like.numel(), dtype=like.dtype, device=like.device)
 
 
 def _shares_memory(output: Any, memory: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ What the engine adds: sequences of any lengths in one batch without padding or m
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import sys
 import tempfile
@@ -25,8 +26,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from ..objectives import shifts_labels
 from .torch import Randomness
 
 MINIMUM = (0, 11)
@@ -37,17 +39,26 @@ class EngineError(ValueError):
     """vLLM is missing, too old, or cannot stand in for this model."""
 
 
+_running: dict[tuple[Any, ...], Any] = {}
+"""Engines of this process by what they were started for. A model of the same shape takes over one that runs."""
+_serves: dict[int, Engine] = {}
+"""Whose model the layers of a running engine hand their input to, by the identity of the engine."""
+
+
 class Engine:
     """A vLLM engine whose layers are those of ``model``.
+
+    The engine outlives this object: the next model of the same configuration, dtype and lengths takes it over, and until then
+    it refers to the weights of the last one.
 
     Args:
         model: a causal language model of transformers, with or without PEFT.
         max_tokens: most tokens that the engine computes at a time; longer batches are split by its scheduler.
-        max_length: longest sequence; default: the model's context, at most 4,096.
+        max_length: longest sequence in tokens; default: the model's context, at most 4,096.
 
     Raises:
         EngineError: if vLLM is missing or too old, does not serve the architecture, or implements a layer in a way that cannot
-            be handed to the model.
+            be handed to the model; if the model has virtual tokens or weights of several dtypes.
     """
 
     def __init__(self, model: nn.Module, max_tokens: int = 8192, max_length: int | None = None) -> None:
@@ -55,16 +66,35 @@ class Engine:
         virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
         if virtual:
             raise EngineError("zo_runtime='vllm' has no virtual tokens (prefix and prompt tuning); use LoRA, or 'torch'.")
+        if not shifts_labels(model):
+            raise EngineError(
+                f"zo_runtime='vllm' serves causal language models, and {type(base).__name__} is none; use zo_runtime='torch'."
+            )
+        self._base = base
         self._decoder = getattr(base, base.base_model_prefix)
         self._dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
+        self._max_length = max_length or min(getattr(base.config, "max_position_embeddings", None) or 4096, 4096)
+        config = copy.deepcopy(base.config)
+        config.name_or_path = ""
+        config.architectures = [type(base).__name__]
+        key = (config.to_json_string(), self._dtype, max_tokens, self._max_length)
         with Randomness(base.parameters()):  # vLLM seeds all global generators
-            self._llm = _start(base, self._dtype, max_tokens, max_length)
-        engine = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
-        self.grafted = graft(engine, base)
+            if key not in _running:
+                _running[key] = _start(config, self._dtype, max_tokens, self._max_length)
+            self._llm = _running[key]
+            self.grafted = self._graft()
         self.checked = False
+        self.rounding = 0.0  # by which the two ways of computing the first batch's loss differ
+
+    def _graft(self) -> list[str]:
+        runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        _serves.pop(id(self._llm), None)  # until it is whole
+        done = graft(runner.model, self._base)
+        _serves[id(self._llm)] = self
+        return done
 
     def check(self, served: float, own: float) -> None:
-        """Compare the loss of a batch as the engine computes it with the model's own.
+        """Compare the loss of a batch as the engine computes it with the model's own, and keep how far they are apart.
 
         Raises:
             EngineError: if they differ by more than rounding explains.
@@ -75,11 +105,13 @@ class Engine:
                 f"vLLM's loss of the first batch is {served:.6g}, the model's own {own:.6g}: this architecture is computed "
                 "differently. Use zo_runtime='torch'."
             )
-        self.checked = True
+        self.checked, self.rounding = True, abs(served - own)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Let the engine compute what the decoder stack would."""
+        if _serves.get(id(self._llm)) is not self:
+            self._graft()
         self._decoder.forward = self._forward
         try:
             yield
@@ -88,17 +120,23 @@ class Engine:
 
     def _forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         prompts = [{"prompt_token_ids": row[mask].tolist()} for row, mask in zip(input_ids, real, strict=True)]
+        longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts)
+        if longest > self._max_length:
+            raise EngineError(
+                f"A sequence of {longest} tokens exceeds the {self._max_length} that the engine was started for: shorten the "
+                "sequences when they are encoded (max_length), or use zo_runtime='torch'."
+            )
         answers = self._llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)
         hidden = torch.cat([answer.outputs.data for answer in answers]).to(input_ids.device, self._dtype)
         states = hidden.new_zeros(*input_ids.shape, hidden.shape[-1])
         states[real] = hidden
-        return BaseModelOutputWithPast(last_hidden_state=states)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
 
 
-def _start(base: Any, dtype: torch.dtype, max_tokens: int, max_length: int | None) -> Any:
+def _start(config: Any, dtype: torch.dtype, max_tokens: int, max_length: int) -> Any:
     # Read by vLLM when it is imported: one process, and a small cache, since nothing is generated.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -115,17 +153,15 @@ def _start(base: Any, dtype: torch.dtype, max_tokens: int, max_length: int | Non
         raise EngineError(
             f"vLLM {vllm.__version__} is too old; zo_runtime='vllm' needs {'.'.join(map(str, MINIMUM))} or newer."
         )
-    context = getattr(base.config, "max_position_embeddings", None) or 4096
+    architecture = config.architectures[0]
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        config = copy.deepcopy(base.config)
-        config.architectures = [type(base).__name__]
         config.save_pretrained(folder)
         # The engine is given token ids only, but will not start without a tokenizer.
         words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
         PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
         try:
-            with _llvmlite_as_others():
+            with llvmlite_as_others():
                 return vllm.LLM(
                     folder,
                     runner="pooling",
@@ -134,18 +170,19 @@ def _start(base: Any, dtype: torch.dtype, max_tokens: int, max_length: int | Non
                     enforce_eager=True,
                     enable_prefix_caching=False,  # its blocks would be of other weights
                     dtype=str(dtype).removeprefix("torch."),
-                    max_model_len=max_length or min(context, 4096),
-                    max_num_batched_tokens=max(max_tokens, max_length or min(context, 4096)),
+                    max_model_len=max_length,
+                    max_num_batched_tokens=max(max_tokens, max_length),
                     disable_log_stats=True,
                 )
         except (ValueError, NotImplementedError, RuntimeError) as error:
-            raise EngineError(f"vLLM cannot serve {type(base).__name__}: {error}. Use zo_runtime='torch'.") from error
+            reason = " ".join(str(error).split())[:300]  # vLLM goes on to list everything that it does serve
+            raise EngineError(f"vLLM cannot serve {architecture}: {reason}. Use zo_runtime='torch'.") from error
         finally:
             torch.set_num_threads(threads)  # vLLM takes all cores for itself
 
 
 @contextmanager
-def _llvmlite_as_others() -> Iterator[None]:
+def llvmlite_as_others() -> Iterator[None]:
     """While it starts, vLLM reads ``__dict__`` of whatever any module holds; llvmlite's library object answers every name."""
     if "llvmlite.binding.ffi" not in sys.modules:
         yield
@@ -171,7 +208,7 @@ def graft(engine: nn.Module, model: nn.Module) -> list[str]:
     Raises:
         EngineError: naming layers that the model has no counterpart for.
     """
-    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.model_executor.layers import layernorm
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -189,6 +226,7 @@ def graft(engine: nn.Module, model: nn.Module) -> list[str]:
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     fused: Mapping[str, list[str]] = getattr(engine, "packed_modules_mapping", {})
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     done, left = [], []
     for name, layer in engine.named_modules():
         if not layer._parameters or isinstance(layer, ParallelLMHead):  # the head is the model's own
@@ -199,11 +237,20 @@ def graft(engine: nn.Module, model: nn.Module) -> list[str]:
         except AttributeError:
             left.append(name)
             continue
+        for owner in owners:
+            weight: Any = getattr(getattr(owner, "base_layer", owner), "weight", None)
+            if type(getattr(weight, "data", None)) is torch.Tensor and weight.is_floating_point() and weight.dtype != dtype:
+                raise EngineError(
+                    f"zo_runtime='vllm' computes in one dtype, but {name} is {weight.dtype} in a model of {dtype}: load the "
+                    "model in one dtype, or use zo_runtime='torch'."
+                )
         if isinstance(layer, LinearBase):
             layer.quant_method = Handed(owners)
             layer.skip_bias_add = False
-        elif isinstance(layer, RMSNorm):
+        elif type(layer).__module__ == layernorm.__name__:
             _replace_forward(layer, _normed(owners[0]))
+        elif isinstance(layer, nn.Embedding) and "position_ids" in inspect.signature(owners[0].forward).parameters:
+            _replace_forward(layer, _learned_positions(owners[0]))
         elif isinstance(layer, VocabParallelEmbedding) or type(layer).__module__.startswith("torch.nn"):
             _replace_forward(layer, owners[0].__call__)
         else:
@@ -230,6 +277,11 @@ def _normed(norm: nn.Module) -> Callable[..., Any]:
         return norm(total), total
 
     return forward
+
+
+def _learned_positions(table: nn.Module) -> Callable[..., Any]:
+    """A table that counts positions from the mask unless it is told them (OPT)."""
+    return lambda positions: table(None, position_ids=positions)
 
 
 def _replace_forward(layer: nn.Module, forward: Callable[..., Any]) -> None:
