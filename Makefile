@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 MODEL ?= runs/smollm2
 
-.PHONY: demo test bench quality replay-cards clean
+.PHONY: demo test bench learning-report quality replay-cards clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,10 @@ replay-cards: $(VENV)/.installed
 bench: $(VENV)/.installed
 	test -d $(MODEL) || $(BIN)/hf-zo demo-model $(MODEL)
 	$(BIN)/python benchmarks/speed.py --model $(MODEL) $(if $(DATASET_DIR),--dataset_dir $(DATASET_DIR))
+
+# Tables and figures of benchmarks/LEARNING.md, from the cells in benchmarks/results/learning.
+learning-report: $(VENV)/.installed
+	$(BIN)/python benchmarks/learning.py report
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
