@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BIN_VLLM := $(VENV_VLLM)/bin
 MODEL ?= runs/smollm2
 
-.PHONY: demo test test-vllm bench bench-vllm quality replay-cards clean
+.PHONY: demo test test-vllm bench bench-vllm learning-report quality replay-cards clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -34,6 +34,10 @@ bench: $(VENV)/.installed
 bench-vllm: $(VENV_VLLM)/.installed
 	test -d $(MODEL) || $(BIN_VLLM)/hf-zo demo-model $(MODEL)
 	$(BIN_VLLM)/python benchmarks/serving.py --model $(MODEL) $(if $(DATASET_DIR),--dataset_dir $(DATASET_DIR))
+
+# Tables and figures of benchmarks/LEARNING.md, from the cells in benchmarks/results/learning.
+learning-report: $(VENV)/.installed
+	$(BIN)/python benchmarks/learning.py report
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Fine-tune a model on a GLUE task with forward passes only (sst2, cola, mrpc, qqp, mnli, qnli or rte).
+"""Fine-tune a model on a GLUE task with forward passes only (sst2, cola, mrpc, qqp, mnli, qnli, rte) or SST-5.
 
     python examples/run_glue.py --model_name_or_path MODEL --task_name sst2 --peft lora --do_train --do_eval \\
         --max_train_samples 1000 --max_steps 1000 --per_device_train_batch_size 16 --output_dir runs/sst2

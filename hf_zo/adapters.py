@@ -257,10 +257,27 @@ def calibrate(
             captured[name] = seen[name].captured(len(a))
         else:
             logger.warning("No calibration token reached %s; its basis is random.", name)
-            key = noise.stream_key(seed, 0, 0, "basis", name)
-            basis = torch.linalg.qr(noise.sample(key, (a.shape[1], len(a)), a.device)).Q
+            basis = _random_basis(name, a, seed)
         a.data.copy_(basis.T)
     return captured
+
+
+@torch.no_grad()
+def draw_basis(model: nn.Module, seed: int = 0) -> None:
+    """Write a random orthonormal basis into every adapted layer's A: what the activations are worth is seen against it.
+
+    Args:
+        model: what `attach` returned.
+        seed: key of the draw; each layer has a basis of its own.
+    """
+    for name, layer in adapted_layers(model):
+        a = basis_of(layer)
+        a.data.copy_(_random_basis(name, a, seed).T)
+
+
+def _random_basis(name: str, a: torch.Tensor, seed: int) -> torch.Tensor:
+    key = noise.stream_key(seed, 0, 0, "basis", name)
+    return torch.linalg.qr(noise.sample(key, (a.shape[1], len(a)), a.device)).Q
 
 
 class _RangeFinder:

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from .adapters import adapted_layers, attach, basis_of, calibrate, check_basis, freeze_basis
+from .adapters import adapted_layers, attach, basis_of, calibrate, check_basis, draw_basis, freeze_basis
 from .checkpoints import TrajectoryCheckpoints, is_weightless
 from .directions import Probe, space_of
 from .estimators import METHODS, Estimator
@@ -128,6 +128,10 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
 
     def _calibrate(self) -> None:
         """Make ZO-Act's basis from training rows, the same on every process, and leave all random states alone."""
+        if self.args.zo_act_basis == "random":
+            draw_basis(self.model, int(self.args.zo_seed or 0))
+            self._calibrated = True
+            return
         batches = self.training_batches(self.args.zo_act_samples)
         with evaluation_mode(self.model), Randomness(self.model.parameters()):
             captured = calibrate(

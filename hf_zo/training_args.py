@@ -117,6 +117,9 @@ class ZOTrainingArguments(TrainingArguments):
         zo_act_rank (`int`, defaults to 8), zo_act_samples (`int`, defaults to 64), zo_act_targets (`str`, defaults to
         `"all-linear"`), zo_act_exclude_first_token (`bool`, defaults to `False`):
             See `hf_zo.adapters.activation_adapter`.
+        zo_act_basis (`str`, defaults to `"activations"`):
+            What the frozen factor of ZO-Act's adapter is made from: `"activations"` of training rows (the method), or
+            `"random"`, an orthonormal basis drawn by `zo_seed`: the control that tells what the activations contribute.
 
     Raises:
         ValueError: for a setting that cannot work, naming the field and what to do instead.
@@ -168,7 +171,7 @@ class ZOTrainingArguments(TrainingArguments):
     kerzoo_half_life: int = field(default=1000, metadata={"help": "Steps in which the distance to the range halves."})
     kerzoo_rescale: bool = field(default=True, metadata={"help": "Stretch the kernel with the range."})
 
-    curvzo_ema: float = field(default=0.1, metadata={"help": "Share of a new score in its average."})
+    curvzo_ema: float = field(default=0.1, metadata={"help": "Share of a new score in its average; 0 draws uniformly."})
     curvzo_mix: float = field(default=0.5, metadata={"help": "Adaptive budget: effective support (1) or entropy (0)."})
     curvzo_reweight: str = field(default="ht", metadata={"help": "'ht' divides by the probability; or 'partial', 'none'."})
     curvzo_budget: float | None = field(default=None, metadata={"help": "Expected number selected. Default: adaptive."})
@@ -189,6 +192,7 @@ class ZOTrainingArguments(TrainingArguments):
         default="all-linear", metadata={"help": "'all-linear', or module names with commas between them."}
     )
     zo_act_exclude_first_token: bool = field(default=False, metadata={"help": "Leave the first token out of the basis."})
+    zo_act_basis: str = field(default="activations", metadata={"help": "'activations', or 'random' as a control."})
 
     def __post_init__(self) -> None:
         if self.optim is None:
@@ -215,6 +219,7 @@ class ZOTrainingArguments(TrainingArguments):
             "zo_restore": get_args(Restore),
             "zo_parallel": ("data", "directions"),
             "zo_runtime": ("torch", "vllm"),
+            "zo_act_basis": ("activations", "random"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -237,6 +242,11 @@ class ZOTrainingArguments(TrainingArguments):
         for name in ("zo_act_rank", "zo_act_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.zo_act_basis == "random" and (self.zo_act_samples != 64 or self.zo_act_exclude_first_token):
+            raise ValueError(
+                "zo_act_basis='random' looks at no sequence: zo_act_samples and zo_act_exclude_first_token would be ignored; "
+                "leave them at their defaults."
+            )
         if self.zo_seed is not None and not -(2**63) <= self.zo_seed < 2**63:
             raise ValueError(f"zo_seed={self.zo_seed} does not fit into 64 bits.")
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from support import VOCABULARY, Sentences, collate, digest, model_of, tiny_llama, trainer_of
+from support import VOCABULARY, Sentences, collate, digest, model_of, tiny_llama, trained_of, trainer_of
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
@@ -208,6 +208,26 @@ def test_calibration_leaves_random_states_alone_and_sees_no_dropout(tmp_path: Pa
         bases.append(bases_of(trainer.model))
     for name, basis in bases[0].items():
         assert torch.equal(basis, bases[1][name])
+
+
+def test_a_random_basis_is_orthonormal_keyed_and_looks_at_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bases_after(seed: int) -> dict[str, torch.Tensor]:
+        trainer = trainer_of(tmp_path, "zo_act", zo_act_basis="random", zo_act_samples=64, zo_seed=seed)
+        before = trained_of(trainer.model)
+        trainer.train()
+        assert any(not torch.equal(p, before[name]) for name, p in trained_of(trainer.model).items())
+        return bases_of(trainer.model)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a random basis needs no calibration")
+
+    monkeypatch.setattr("hf_zo.trainer.calibrate", refuse)
+    first, again, other = bases_after(1), bases_after(1), bases_after(2)
+    assert len({tuple(basis.flatten().tolist()) for basis in first.values()}) == len(first) == 14
+    for name, basis in first.items():
+        assert (basis @ basis.T - torch.eye(len(basis))).abs().max() < 1e-5
+        assert torch.equal(basis, again[name])
+        assert not torch.equal(basis, other[name])
 
 
 def test_model_init(tmp_path: Path) -> None:

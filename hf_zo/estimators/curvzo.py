@@ -77,7 +77,9 @@ class CurvZO(Estimator):
     """Two-sided differences along randomly selected blocks or coordinates.
 
     Args:
-        ema: alpha, the share of a new score in its average, in (0, 1]; default 0.1 (not published).
+        ema: alpha, the share of a new score in its average, in [0, 1]; default 0.1 (not published). With 0 scores stay
+            equal and every block or coordinate is drawn with the same probability: with a fixed budget, the uniform
+            control of the paper's ablation (the adaptive budget of equal scores is N, dense MeZO).
         mix: lambda, between effective support (1) and entropy (0); default 0.5 (not published).
         reweight: ``"ht"`` divides by the probability (paper), ``"none"`` does not, ``"partial"`` divides by its root.
         budget: B, expected number of selected blocks or coordinates, at least 1; None adapts it (paper).
@@ -112,8 +114,8 @@ class CurvZO(Estimator):
         super().__init__(*args, **common)
         if self.entries == "factorised":
             raise ValueError("zo_direction='factorised': the scores of curvzo need independent entries; use 'gaussian'.")
-        if not 0 < ema <= 1:
-            raise ValueError(f"curvzo_ema must lie in (0, 1], got {ema}.")
+        if not 0 <= ema <= 1:
+            raise ValueError(f"curvzo_ema must lie in [0, 1], got {ema}.")
         if not 0 <= mix <= 1:
             raise ValueError(f"curvzo_mix must lie in [0, 1], got {mix}.")
         if reweight not in _EXPONENT:

@@ -126,7 +126,7 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
     }
 
 
-_ZO_ACT = ("zo_act_rank", "zo_act_samples", "zo_act_targets", "zo_act_exclude_first_token")
+_ZO_ACT = ("zo_act_rank", "zo_act_basis", "zo_act_samples", "zo_act_targets", "zo_act_exclude_first_token")
 
 
 def _adapter_facts(model: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class ModelArguments:
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter, alpha / r."})
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Module names that get an adapter."}
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Module names that get an adapter, or all-linear."}
     )
     num_virtual_tokens: int = field(default=5, metadata={"help": "Length of the prefix."})
     quantization: str = field(
@@ -129,7 +129,8 @@ def load_model(arguments: ModelArguments, task: Task, seed: int = 0) -> tuple[nn
         config: PeftConfig = LoraConfig(
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
-            target_modules=arguments.lora_target_modules,
+            # PEFT knows this one word outside of a list only.
+            target_modules="all-linear" if arguments.lora_target_modules == ["all-linear"] else arguments.lora_target_modules,
             task_type=task_type,
         )
     elif arguments.peft == "prefix":
@@ -166,10 +167,8 @@ def _quantization(name: str, compute: torch.dtype) -> Any:
     raise ValueError(f"quantization={name!r} does not exist; choose 'nf4', 'int8', 'torchao-int8' or 'none'.")
 
 
-def _encode(
-    task: Task, split: str, rows: list[Any], tokenizer: Any, data: DataArguments, form: Form, limit: int
-) -> EncodedRows:
-    encoded = encode_rows(task, rows, tokenizer, min(data.max_seq_length, limit), form)
+def _encode(task: Task, split: str, rows: list[Any], tokenizer: Any, form: Form, limit: int) -> EncodedRows:
+    encoded = encode_rows(task, rows, tokenizer, limit, form)
     if encoded.shortened:
         logger.warning(
             "%d of %d %s rows of %s were shortened to %d tokens by cutting their %s.",
@@ -177,7 +176,7 @@ def _encode(
             len(encoded),
             split,
             task.name,
-            min(data.max_seq_length, limit),
+            limit,
             task.context,
         )
     return encoded
@@ -215,12 +214,42 @@ def build_trainer(model_arguments: ModelArguments, data: DataArguments, training
     eval_wanted = training.do_eval or training.eval_strategy != "no"
     eval_rows = load_rows(task, "validation", data.dataset_dir, data.max_eval_samples, seed) if eval_wanted else []
 
-    model, tokenizer = load_model(model_arguments, task, int(training.zo_seed or 0))
-    limit = _context_length(model, tokenizer, task)
-    form: Form = "answers" if task.options is None else {"lm": "options", "mlm": "mask"}.get(model_arguments.head, "classes")  # type: ignore[assignment]
-    train_set = _encode(task, "training", train_rows, tokenizer, data, form, limit)
-    eval_rows, eval_set = _by_length(eval_rows, _encode(task, "evaluation", eval_rows, tokenizer, data, form, limit))
+    parts = trainer_parts(model_arguments, task, train_rows, eval_rows, data.max_seq_length, int(training.zo_seed or 0))
     training.remove_unused_columns = False  # encoded rows carry what the collator needs
+    return (ZOTrainer if task.options is not None else _GeneratingTrainer)(
+        args=training, callbacks=[_card(task, data.dataset_dir)] if training.do_train else None, **parts
+    )
+
+
+def trainer_parts(
+    model_arguments: ModelArguments,
+    task: Task,
+    train_rows: list[Any],
+    eval_rows: list[Any],
+    max_seq_length: int = 512,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What a Trainer, first-order or not, is made from besides its arguments: model, encoded rows, loss and metrics.
+
+    For a task without options the trainer must also be a `GenerateToEvaluate`. The training arguments need
+    ``remove_unused_columns=False``.
+
+    Args:
+        model_arguments: which model, and what of it is trained.
+        task: how rows become prompts.
+        train_rows: as `load_rows` gives them; empty for no training.
+        eval_rows: likewise; they are put in order of length.
+        max_seq_length: most tokens of a row.
+        seed: of the adapter's first values.
+
+    Raises:
+        ValueError: for settings or rows that cannot work.
+    """
+    model, tokenizer = load_model(model_arguments, task, seed)
+    limit = min(max_seq_length, _context_length(model, tokenizer, task))
+    form: Form = "answers" if task.options is None else {"lm": "options", "mlm": "mask"}.get(model_arguments.head, "classes")  # type: ignore[assignment]
+    train_set = _encode(task, "training", train_rows, tokenizer, form, limit)
+    eval_rows, eval_set = _by_length(eval_rows, _encode(task, "evaluation", eval_rows, tokenizer, form, limit))
     hooks: dict[str, Any] = {}
     if form in ("options", "mask"):
         hooks = {
@@ -233,23 +262,22 @@ def build_trainer(model_arguments: ModelArguments, data: DataArguments, training
         hooks = {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
     else:
         hooks = {"data_collator": DataCollatorWithPadding(tokenizer)}
-    return (_GeneratingTrainer if form == "answers" else ZOTrainer)(
-        model,
-        training,
-        train_dataset=train_set if training.do_train else None,
-        eval_dataset=eval_set if eval_wanted else None,
-        processing_class=tokenizer,
-        callbacks=[_card(task, data.dataset_dir)] if training.do_train else None,
-        compute_metrics=metrics_for(task, eval_rows, tokenizer),
+    return {
+        "model": model,
+        "train_dataset": train_set if train_rows else None,
+        "eval_dataset": eval_set if eval_rows else None,
+        "processing_class": tokenizer,
+        "compute_metrics": metrics_for(task, eval_rows, tokenizer),
         **hooks,
-    )
+    }
 
 
 def _card(task: Task, dataset_dir: str | None) -> ModelCardCallback:
     kind = "text-classification" if task.options is not None else "question-answering"
     if dataset_dir is not None:  # what lies in a folder need not be what the Hub has under the task's name
         return ModelCardCallback(dataset_name=f"{Path(dataset_dir).name} (prompts of {task.name})", task_type=kind)
-    return ModelCardCallback(dataset=task.dataset, dataset_name=f"{task.family} {task.name}", task_type=kind)
+    name = f"{task.family} {task.name}" if task.config else task.name
+    return ModelCardCallback(dataset=task.dataset, dataset_name=name, task_type=kind)
 
 
 def run_trainer(trainer: ZOTrainer) -> dict[str, Any]:

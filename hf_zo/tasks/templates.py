@@ -49,11 +49,9 @@ class Task:
     @property
     def family(self) -> str:
         """``glue``, ``superglue`` or ``squad``: the example script that runs it."""
-        return (
-            "glue"
-            if "glue" in self.dataset and "super" not in self.dataset
-            else ("superglue" if self.options is not None else "squad")
-        )
+        if self.options is None:
+            return "squad"
+        return "superglue" if self.dataset == _SUPERGLUE else "glue"
 
 
 def _fixed(*options: str) -> Callable[[Row], list[str]]:
@@ -134,6 +132,17 @@ _ALL = [
         context="sentence",
     ),
     _glue("rte", ("sentence1", "sentence2"), _entailment("sentence1", "sentence2", "Yes or No?"), _YES_NO),
+    # Worded as SST-2 and with the label words of the paper's RoBERTa experiments.
+    Task(
+        "sst5",
+        "SetFit/sst5",
+        None,
+        ("text",),
+        lambda r: f"{str(r['text']).strip()} It was",
+        _fixed(" terrible", " bad", " okay", " good", " great"),
+        "text",
+        texts=("text",),
+    ),
     _superglue(
         "cb",
         ("premise", "hypothesis"),

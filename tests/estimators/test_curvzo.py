@@ -174,6 +174,17 @@ def test_averages_of_scores() -> None:
     assert estimator.state is first.state  # committed by the optimizer alone
 
 
+def test_scores_that_keep_nothing_draw_uniformly() -> None:
+    estimator = CurvZO(space_of(GRADIENT), ema=0.0, budget=1.5)
+    drawn = torch.zeros(3)
+    for t in range(2000):
+        assert torch.equal(estimator.probabilities(), torch.full((3,), 0.5, dtype=torch.float64))
+        estimate = estimator.estimate(t, linear)
+        drawn += torch.tensor([bool(w) for w in weights_of(estimate)] or [False] * 3)
+        estimator.commit(estimate)
+    assert (drawn / 2000 - 0.5).abs().max() < 5 * (0.25 / 2000) ** 0.5
+
+
 def weights_of(estimate: Estimate) -> list[float]:
     return list(estimate.terms[0][1].weights.values()) if estimate.terms else []
 
@@ -261,7 +272,7 @@ def test_nothing_falls_below_the_floor() -> None:
 @pytest.mark.parametrize(
     ("keywords", "field"),
     [
-        ({"ema": 0.0}, "curvzo_ema"),
+        ({"ema": -0.1}, "curvzo_ema"),
         ({"ema": 1.1}, "curvzo_ema"),
         ({"mix": -0.1}, "curvzo_mix"),
         ({"reweight": "some"}, "curvzo_reweight"),

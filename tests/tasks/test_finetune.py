@@ -99,6 +99,15 @@ def test_lora_on_a_masked_lm(run):
     assert "eval_accuracy" in results_of(out)
 
 
+def test_lora_on_all_linear_layers(models):
+    arguments = ModelArguments(
+        str(models / "LlamaForCausalLM"), peft="lora", lora_target_modules=["all-linear"], dtype="float32"
+    )
+    model, _ = load_model(arguments, TASKS["sst2"])
+    adapted = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 def test_a_classification_head(run, wordpiece):
     rows = [{**ROWS["mnli"][0], "label": label} for label in (0, 1, 2)]
     _, out = run("mnli", rows, "--head", "classification", model="BertForMaskedLM")
@@ -155,7 +164,10 @@ def test_an_unknown_task_ends_with_the_tasks_there_are(run, capsys):
     with pytest.raises(SystemExit) as ended:
         run("sst3", SENTENCES)
     assert ended.value.code == 2
-    assert "task_name='sst3' does not exist; choose one of sst2, cola, mrpc, qqp, mnli, qnli, rte." in capsys.readouterr().err
+    assert (
+        "task_name='sst3' does not exist; choose one of sst2, cola, mrpc, qqp, mnli, qnli, rte, sst5."
+        in capsys.readouterr().err
+    )
 
 
 def test_a_task_of_another_script_is_unknown(monkeypatch, capsys):

@@ -4,7 +4,7 @@ from tasks.tiny import ROWS
 from hf_zo.tasks import TASKS, encode_rows, get_task
 from hf_zo.tasks.templates import Task
 
-GLUE = ["sst2", "cola", "mrpc", "qqp", "mnli", "qnli", "rte"]
+GLUE = ["sst2", "cola", "mrpc", "qqp", "mnli", "qnli", "rte", "sst5"]
 SUPERGLUE = ["cb", "boolq", "wsc", "wic", "copa", "multirc", "record"]
 SQUAD = ["squad", "drop"]
 
@@ -17,6 +17,7 @@ WORDING = {
     "mnli": ('He ran.\nDoes this mean that "He moved." is true? Yes, No, or Maybe?', "\nNo"),
     "qnli": ('It is here.\nDoes this answer the question "Where is it?"? Yes or No?', "\nYes"),
     "rte": ('He ran.\nDoes this mean that "He moved." is true? Yes or No?', "\nNo"),
+    "sst5": ("a fine film It was", " good"),
     "cb": ('Suppose He ran. Can we infer that "he moved"? Yes, No, or Maybe?', "\nMaybe"),
     "boolq": ("Water is wet. Is water wet?", "\nYes"),
     "wsc": (

@@ -37,6 +37,7 @@ ROWS = {
     "mnli": ({"premise": "He ran.", "hypothesis": "He moved.", "label": 2}, 2),
     "qnli": ({"question": "Where is it?", "sentence": "It is here.", "label": 0}, 0),
     "rte": ({"sentence1": "He ran.", "sentence2": "He moved.", "label": 1}, 1),
+    "sst5": ({"text": " a fine film ", "label": 3}, 3),
     "cb": ({"premise": "He ran.", "hypothesis": "he moved", "label": 2}, 2),
     "boolq": ({"question": "is water wet", "passage": "Water is wet.", "label": 1}, 1),
     "wsc": ({"text": "Ann told Eve that she won.", "span1_text": "Ann", "span2_text": "She", "label": 1}, 1),

@@ -1,0 +1,231 @@
+"""A grid names what is to be run; from it follow the cells, and what each of them costs.
+
+A cell is one run: (phase, task, form, arm, multiplier, seed). Phase ``tune`` tries every multiplier of an arm's learning
+rate with one seed and is scored on development rows; phase ``final`` runs the best multiplier with the other seeds and is
+scored on the validation split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_zo import ZOTrainingArguments
+from hf_zo.estimators import METHODS
+from hf_zo.tasks import Task
+from hf_zo.tasks.finetune import ModelArguments
+
+from .arms import FORMS, FORWARDS_PER_FIRST_ORDER_STEP, Arm
+
+CALIBRATION_SWEEPS = 3  # passes of `hf_zo.adapters.calibrate` over its sequences
+
+MODELS: dict[str, dict[str, Any]] = {
+    "smollm2": {"head": "lm", "lora_target_modules": ["q_proj", "v_proj"]},
+    "encoder": {"head": "classification", "lora_target_modules": ["query", "value"]},
+}
+"""The models of the study, as fields of `ModelArguments`; the folder of each is ``runs/<name>`` unless told otherwise."""
+
+
+class GridError(ValueError):
+    """A grid that cannot be run, with the field, its value and what there is instead."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    phase: str
+    task: str
+    form: str
+    arm: str
+    multiplier: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return f"{self.phase}_{self.task}_{self.form}_{self.arm}_x{self.multiplier:g}_seed{self.seed}"
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """What is tuned together."""
+        return self.task, self.form, self.arm
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Forward passes of a batch of the training's size.
+
+    Attributes:
+        once: before the first step: ZO-Act's calibration.
+        per_step: of a step.
+        steps: as many as the budget holds.
+    """
+
+    once: int
+    per_step: int
+    steps: int
+
+    @property
+    def total(self) -> int:
+        """Of the whole run."""
+        return self.at(self.steps)
+
+    def at(self, step: int) -> int:
+        """After a step."""
+        return self.once + self.per_step * step if step else 0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared, and under which conditions.
+
+    Attributes:
+        name: of the folder of results; the grid file's stem.
+        model: a key of `MODELS`.
+        tasks: keys of `hf_zo.tasks.TASKS`.
+        arms: by name.
+        forms: keys of `FORMS`.
+        multipliers: of every arm's learning rate.
+        seeds: of the final cells: data sample, order, first adapter values and directions.
+        budget: forward passes of a batch, per run.
+        tuning_seed: of the tuning cells.
+        tune_budget: forward passes of a tuning cell; default ``budget``.
+        batch_size: rows of a batch.
+        train_samples: rows to train on, drawn by the seed; fewer where a task has fewer.
+        dev_samples: development rows.
+        eval_samples: validation rows; default all.
+        checkpoints: fractions of the budget after which to evaluate; 1, the end, always belongs to them.
+        schedule: of the learning rate.
+        max_length: most tokens of a row.
+        dtype: of the weights.
+        lora_r, lora_alpha: of the LoRA forms.
+    """
+
+    name: str
+    model: str
+    tasks: tuple[str, ...]
+    arms: Mapping[str, Arm]
+    forms: tuple[str, ...]
+    multipliers: tuple[float, ...]
+    seeds: tuple[int, ...]
+    budget: int
+    tuning_seed: int = 0
+    tune_budget: int | None = None
+    batch_size: int = 16
+    train_samples: int = 1000
+    dev_samples: int = 200
+    eval_samples: int | None = None
+    checkpoints: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    schedule: str = "linear"
+    max_length: int = 256
+    dtype: str = "auto"
+    lora_r: int = 8
+    lora_alpha: int = 16
+
+    def budget_of(self, phase: str) -> int:
+        """Forward passes of a cell of that phase."""
+        return self.budget if phase == "final" else self.tune_budget or self.budget
+
+    def tune_cells(self, group: tuple[str, str, str]) -> list[Cell]:
+        """One per multiplier; a single one where nothing is trained."""
+        task, form, arm = group
+        multipliers = (1.0,) if self.arms[arm].kind == "prompt" else self.multipliers
+        return [Cell("tune", task, form, arm, m, self.tuning_seed) for m in multipliers]
+
+    def final_cells(self, group: tuple[str, str, str], multiplier: float) -> list[Cell]:
+        """One per seed, at the chosen multiplier."""
+        return [Cell("final", *group, multiplier, seed) for seed in self.seeds]
+
+    def groups(self) -> list[tuple[str, str, str]]:
+        """All (task, form, arm), a task after the other."""
+        return [
+            (task, form, arm) for task in self.tasks for form in self.forms for arm in self.arms if form in self.arms[arm].rates
+        ]
+
+    def cells(self) -> dict[str, Cell]:
+        """Every cell that could be run, by name; of the final ones, those of one multiplier will be."""
+        tune = [cell for group in self.groups() for cell in self.tune_cells(group)]
+        final = [f for cell in tune for f in self.final_cells(cell.group, cell.multiplier)]
+        return {cell.name: cell for cell in (*tune, *final)}
+
+    def model_arguments(self, form: str, folder: Path) -> ModelArguments:
+        """The model of a cell."""
+        lora = {"lora_r": self.lora_r, "lora_alpha": self.lora_alpha, "dtype": self.dtype}
+        return ModelArguments(str(folder), **{**MODELS[self.model], **lora, **FORMS[form]})
+
+    def cost(self, cell: Cell) -> Cost:
+        """Forward passes of a cell.
+
+        Raises:
+            GridError: if the budget holds no step.
+        """
+        arm, budget = self.arms[cell.arm], self.budget_of(cell.phase)
+        if arm.kind == "prompt":
+            return Cost(0, 0, 0)
+        once, per_step = 0, FORWARDS_PER_FIRST_ORDER_STEP
+        if arm.kind == "zo":
+            arguments = self.arguments(cell, "unused", 1)
+            per_step = METHODS[arguments.zo_method]({}, **arguments.estimator_kwargs()).forwards
+            if arguments.zo_method == "zo_act" and arguments.zo_act_basis == "activations":
+                once = CALIBRATION_SWEEPS * math.ceil(min(arguments.zo_act_samples, self.train_samples) / self.batch_size)
+        steps = (budget - once) // per_step
+        if steps < 1:
+            raise GridError(f"budget={budget} holds no step of arm {cell.arm!r}, which takes {per_step} (and {once} before).")
+        return Cost(once, per_step, steps)
+
+    def arguments(self, cell: Cell, output_dir: str, steps: int) -> Any:
+        """Training arguments of a cell: `ZOTrainingArguments`, or `TrainingArguments` for a first-order arm."""
+        arm = self.arms[cell.arm]
+        common: dict[str, Any] = {
+            "output_dir": output_dir,
+            "max_steps": steps,
+            "learning_rate": arm.rates[cell.form] * cell.multiplier,
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": 2 * self.batch_size,
+            "lr_scheduler_type": self.schedule,
+            "seed": cell.seed,
+            "logging_steps": max(1, steps // 100),
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "logging_nan_inf_filter": False,  # a divergence must show
+        }
+        if arm.kind == "zo":
+            return ZOTrainingArguments(**{**common, "zo_trajectory": False, **arm.settings})
+        if arm.kind == "first-order":
+            return TrainingArguments(**{**common, **arm.settings})
+        return ZOTrainingArguments(**{**common, "zo_trajectory": False})  # evaluates only
+
+    def config(self, cell: Cell) -> dict[str, Any]:
+        """All that the result of a cell depends on: JSON types only."""
+        arm = self.arms[cell.arm]
+        shared = ("model", "batch_size", "train_samples", "dev_samples", "eval_samples", "schedule", "max_length", "dtype")
+        found = {
+            "grid": self.name,
+            **dataclasses.asdict(cell),
+            **{name: getattr(self, name) for name in (*shared, "lora_r", "lora_alpha")},
+            "checkpoints": list(self.checkpoints),
+            "budget": self.budget_of(cell.phase),
+            "label": arm.label,
+            "kind": arm.kind,
+            "rate": arm.rates[cell.form],
+            "rate_source": arm.source,
+            "settings": dict(arm.settings),
+            "demonstrations": arm.demonstrations,
+            "curvzo_share": arm.curvzo_share,
+        }
+        return json.loads(json.dumps(found))
+
+
+def metric_of(task: Task) -> str:
+    """The one number of a task that arms are compared by."""
+    return "f1" if "exact_match" in task.metrics else task.metrics[0]

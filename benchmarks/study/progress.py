@@ -1,0 +1,134 @@
+"""Where cells are kept, which rows they see, what has been run and what can run now."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_zo.tasks import TASKS, load_rows
+
+from .grid import Cell, Grid, GridError
+
+DEVELOPMENT_KEY = 7041  # of the draw of development rows, the same in every cell
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where things are on this machine.
+
+    Attributes:
+        results: of all grids; a grid has a folder in it.
+        model: written by save_pretrained.
+        data: holds ``<task>/train.jsonl[.gz]`` and so on; None for the Hub.
+    """
+
+    results: Path
+    model: Path
+    data: Path | None = None
+
+    def file(self, grid: Grid, cell: Cell) -> Path:
+        """Result of a cell."""
+        return self.results / grid.name / f"{cell.name}.json"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a cell: ``scored`` are the development rows in phase ``tune``, the validation split in phase ``final``."""
+
+    train: list[dict[str, Any]]
+    scored: list[dict[str, Any]]
+    split: str
+
+
+def rows_of(grid: Grid, cell: Cell, data: Path | None) -> Rows:
+    """Draw the rows of a cell.
+
+    Development rows are cut off the training rows by a fixed key: no cell trains on them. A tuning cell does not open the
+    validation split.
+
+    Raises:
+        GridError: if development rows would leave nothing to train on.
+        ValueError: for bad rows, with file and line.
+        FileNotFoundError: if a split is missing.
+    """
+    task, folder = TASKS[cell.task], data / cell.task if data else None
+    everything = load_rows(task, "train", folder)
+    if len(everything) <= grid.dev_samples:
+        raise GridError(
+            f"dev_samples={grid.dev_samples} leaves no training row: {cell.task} has {len(everything)}; give fewer."
+        )
+    order = np.random.default_rng(DEVELOPMENT_KEY).permutation(len(everything))
+    development, rest = order[: grid.dev_samples], order[grid.dev_samples :]
+    sample = np.random.default_rng(cell.seed).permutation(len(rest))[: grid.train_samples]
+    train = [everything[rest[i]] for i in sample]
+    if cell.phase == "tune":
+        return Rows(train, [everything[i] for i in development], "dev")
+    return Rows(train, load_rows(task, "validation", folder, grid.eval_samples, DEVELOPMENT_KEY), "validation")
+
+
+def read_cell(file: Path) -> dict[str, Any] | None:
+    """A finished cell, None if there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def score_of(result: Mapping[str, Any]) -> float:
+    """Score at the end of the run; the last one measured if it broke off."""
+    return float(result["evaluations"][-1]["score"]) if result["evaluations"] else -math.inf
+
+
+def best_multiplier(tuned: Iterable[Mapping[str, Any]]) -> float:
+    """The multiplier with the best development score among runs that did not diverge; of equals, the lower loss wins.
+
+    Where all diverged it is the smallest.
+    """
+
+    def merit(result: Mapping[str, Any]) -> tuple[float, ...]:
+        if result["status"] != "ok":
+            return (0, -float(result["config"]["multiplier"]))
+        return (1, score_of(result), -float(result["evaluations"][-1]["loss"]))
+
+    return float(max(tuned, key=merit)["config"]["multiplier"])
+
+
+def runnable(grid: Grid, folders: Folders, phases: Sequence[str] = ("tune", "final")) -> list[Cell]:
+    """Cells without a result that can run now: all of phase ``tune``, and those of phase ``final`` whose arm is tuned.
+
+    Raises:
+        GridError: if a result was made under other conditions than the grid now names.
+    """
+    found: list[Cell] = []
+    for group in grid.groups():
+        tuning = grid.tune_cells(group)
+        results = [checked(grid, folders, cell) for cell in tuning]
+        if "tune" in phases:
+            found += [cell for cell, result in zip(tuning, results, strict=True) if result is None]
+        tuned = [result for result in results if result is not None]
+        if "final" in phases and len(tuned) == len(tuning):
+            final = grid.final_cells(group, best_multiplier(tuned))
+            found += [cell for cell in final if checked(grid, folders, cell) is None]
+    return found
+
+
+def checked(grid: Grid, folders: Folders, cell: Cell) -> dict[str, Any] | None:
+    """The result of a cell, None if there is none.
+
+    Raises:
+        GridError: if it was made under other conditions than the grid now names.
+    """
+    result = read_cell(folders.file(grid, cell))
+    if result is None:
+        return None
+    wanted, there = grid.config(cell), result["config"]
+    changed = [f"{k}: {there.get(k)!r} there, {v!r} in the grid" for k, v in wanted.items() if there.get(k) != v]
+    if changed:
+        raise GridError(
+            f"{folders.file(grid, cell)} was made under other conditions ({'; '.join(changed)}). Rename the grid, or delete "
+            "the file to run the cell again."
+        )
+    return result

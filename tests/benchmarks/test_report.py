@@ -1,0 +1,161 @@
+"""The report's numbers, from cells made up for the purpose."""
+
+import math
+
+import pytest
+from study.arms import ARMS
+from study.claims import CLAIMS, Claim
+from study.report import curve, outcomes, over_tasks, page, paired, table, two_sided_p, verdict, write_report
+
+
+def cell(arm, score, phase="final", seed=1, multiplier=1, form="lora", task="sst2", status="ok", forwards=20, **more):
+    config = {
+        "grid": "made-up", "task": task, "form": form, "arm": arm, "phase": phase, "seed": seed, "multiplier": multiplier,
+        "label": ARMS[arm].label, "kind": ARMS[arm].kind, "rate": 1e-4, "model": "smollm2", "batch_size": 16,
+        "train_samples": 1000, "dev_samples": 200, "schedule": "linear", "budget": 20,
+    }  # fmt: skip
+    evaluations = [
+        {"forwards": 0, "split": "dev", "loss": 1.0, "score": 0.5},
+        {"forwards": forwards, "split": "dev", "loss": 0.5, "score": score},
+    ]
+    if ARMS[arm].kind == "prompt":
+        evaluations = evaluations[1:]
+    return {
+        "config": config, "status": status, "metric": "accuracy", "evaluations": evaluations, "forward_passes": forwards,
+        "train_seconds": 10.0 * seed, "peak_megabytes": 500, **more,
+    }  # fmt: skip
+
+
+def tuned(arm, scores, **more):
+    return [cell(arm, score, "tune", 0, m, **more) for m, score in scores.items()]
+
+
+RESULTS = [
+    *tuned("mezo", {1: 0.6, 3: 0.7, 10: 0.65}),
+    *(cell("mezo", score, seed=seed, multiplier=3) for seed, score in ((1, 0.70), (2, 0.72), (3, 0.74))),
+    cell("mezo", 0.99, seed=1, multiplier=10),  # of an earlier choice
+    *tuned("kerzoo", {1: 0.6, 3: 0.62, 10: 0.65}),
+    *(cell("kerzoo", score, seed=seed, multiplier=10) for seed, score in ((1, 0.60), (2, 0.64), (3, 0.68))),
+    *tuned("zo-act", {1: 0.8}, form="base"),
+    *(cell("zo-act", score, seed=seed, form="base") for seed, score in ((1, 0.75), (2, 0.78))),
+    cell("zo-act", 0.5, seed=3, form="base", status="diverged"),
+    *tuned("lozo", {1: 0.8, 3: 0.7}),
+    cell("zero-shot", 0.55, "tune", 0, form="base"),
+    *(cell("zero-shot", 0.55, seed=seed, form="base", forwards=0) for seed in (1, 2, 3)),
+]
+
+
+def by_arm():
+    (of_table,) = outcomes(RESULTS).values()
+    return {o.arm: o for o in of_table}
+
+
+def test_outcomes_take_the_tuned_multiplier_and_flag_the_edge():
+    found = by_arm()
+    assert list(found) == ["zero-shot", "mezo", "lozo", "kerzoo", "zo-act"]
+    assert (found["mezo"].multiplier, found["mezo"].edge, found["mezo"].rate) == (3, False, pytest.approx(3e-4))
+    assert found["mezo"].scores == {1: 70, 2: 72, 3: 74}
+    assert (found["kerzoo"].multiplier, found["kerzoo"].edge) == (10, True)
+    assert (found["zo-act"].edge, found["zo-act"].diverged, found["zo-act"].scores[3]) == (False, 1, 50)
+    assert (found["lozo"].multiplier, found["lozo"].edge, found["lozo"].scores) == (1, True, {})
+    assert found["zero-shot"].rate is None
+
+
+def test_the_table():
+    (of_table,) = outcomes(RESULTS).values()
+    lines = {
+        line.split(" | ")[0].strip("| "): [c.strip() for c in line.strip("|").split("|")]
+        for line in table(of_table).splitlines()
+    }
+    assert lines["arm"][:3] == ["arm", "score", "seeds"]
+    # scores 60, 64, 68: mean 64, standard deviation 4; against 70, 72, 74: -10, -8, -6
+    t = -8 / (2 / math.sqrt(3))
+    assert lines["KerZOO"] == [
+        "KerZOO", "64.0 ± 2.3", "3", "-8.0 ± 1.2", f"{two_sided_p(t, 2):.3f}", "0.001 (10, **edge**)", "20", "20", "500",
+        "0 of 3",
+    ]  # fmt: skip
+    assert lines["MeZO"][1:6] == ["72.0 ± 1.2", "3", "", "", "0.0003 (3)"]
+    assert lines["ZO-Act"][-1] == "1 of 3"
+    assert lines["LoZO"][1:] == ["not run", "0", "", "", "0.0001 (1, **edge**)", "", "", "", ""]
+    assert lines["zero-shot"][5] == ""
+
+
+@pytest.mark.parametrize(
+    ("t", "degrees", "p"),
+    [(12.706, 1, 0.05), (4.303, 2, 0.05), (3.182, 3, 0.05), (2.776, 4, 0.05), (2.228, 10, 0.05), (3.169, 10, 0.01),
+     (63.657, 1, 0.01), (1.699, 29, 0.1), (0, 5, 1)],
+)  # fmt: skip
+def test_p_values_are_those_of_the_printed_tables(t, degrees, p):
+    assert two_sided_p(t, degrees) == pytest.approx(p, rel=2e-3)
+    assert two_sided_p(-t, degrees) == two_sided_p(t, degrees)
+
+
+def test_paired_differences():
+    test = paired([70.0, 72.0, 77.0], [69.0, 70.0, 74.0])
+    assert (test.mean, test.pairs) == (2, 3)
+    assert test.error == pytest.approx(1 / math.sqrt(3))
+    assert test.p == pytest.approx(two_sided_p(2 * math.sqrt(3), 2))
+    assert paired([70.0, 72.0], [69.0, 71.0]).p == 0.0
+    assert paired([70.0, 72.0], [70.0, 72.0]).p == 1.0
+    assert math.isnan(paired([70.0], [69.0]).p)
+    assert paired([70.0, 72.0, 77.0], [69.0, 70.0, 74.0], margin=2.0).p == 1.0
+
+
+def test_means_over_tasks_are_of_arms_that_ran_on_all_of_them():
+    other = [*tuned("mezo", {1: 0.5}, task="rte"), *(cell("mezo", 0.5 + s / 100, seed=s, task="rte") for s in (1, 2))]
+    means = over_tasks(outcomes([*RESULTS, *other, cell("lozo", 0.6, task="rte")]))
+    assert list(means) == [("made-up", "lora")]
+    (mezo,) = means["made-up", "lora"]
+    assert mezo.arm == "mezo"
+    assert mezo.scores == {1: pytest.approx(60.5), 2: pytest.approx(62)}
+
+
+def test_verdicts():
+    tables = list(outcomes(RESULTS).values())
+    worse = Claim("x", "y", "kerzoo", "mezo")
+    assert verdict(worse, tables) == (
+        f"-8.0 ± 1.2 points over 3 pairs, p = {two_sided_p(-8 / (2 / 3**0.5), 2):.3f}",
+        "not reproduced",
+    )
+    assert verdict(Claim("x", "y", "mezo", "kerzoo"), tables)[1] == "reproduced"
+    assert verdict(Claim("x", "y", "mezo", "kerzoo", margin=8.5), tables)[1] == "not reproduced"
+    assert verdict(Claim("x", "y", "kerzoo", "mezo", margin=-20), tables)[1] == "reproduced"
+    assert verdict(Claim("x", "y", "zo-act", "mezo"), tables)[1] == "not reproduced"  # within the noise
+    both = [*tables, *outcomes([*RESULTS, cell("mezo", 0.7, form="full")]).values()]
+    assert (
+        verdict(Claim("x", "y", "zo-act", "zero-shot"), tables * 2)[0]
+        == verdict(Claim("x", "y", "zo-act", "zero-shot"), tables)[0]
+    )
+    assert "over 4 pairs" in verdict(Claim("x", "y", "zo-act", "mezo"), both[1:])[0]  # three in lora, one in full
+    assert verdict(Claim("x", "y", "bszo", "mezo"), tables) == ("", "not run")
+    assert verdict(Claim("x", "y"), tables) == ("", "cannot be tested here")
+    assert all(arm in ARMS for claim in CLAIMS for arm in (claim.better, claim.worse) if arm)
+
+
+def test_curves_end_where_the_first_run_ends():
+    runs = [cell("mezo", 0.7), {**cell("mezo", 0.9), "evaluations": cell("mezo", 0.9)["evaluations"][:1]}]
+    assert curve(runs[:1]) == [(0, 50), (20, 70)]
+    assert curve(runs) == [(0, 50)]
+
+
+def test_the_page_says_what_was_not_run():
+    empty = page([], {})
+    assert "No cell has been run yet." in empty
+    assert empty.count("| not run |") == sum(bool(claim.better) for claim in CLAIMS)
+    full = page(RESULTS, {"made-up": "made-up.png"})
+    assert "](made-up.png)" in full
+    assert "### sst2 (accuracy), lora" in full
+    assert "| KerZOO is better than MeZO |" in full
+    assert "-8.0 ± 1.2 points over 3 pairs" in full
+
+
+def test_the_report_is_written_with_its_figures(tmp_path):
+    import json
+
+    folder = tmp_path / "results" / "learning"
+    (folder / "made-up").mkdir(parents=True)
+    for i, result in enumerate(RESULTS):
+        (folder / "made-up" / f"{i}.json").write_text(json.dumps(result))
+    write_report(folder, tmp_path / "LEARNING.md")
+    assert (folder / "made-up.png").stat().st_size > 10_000
+    assert "](results/learning/made-up.png)" in (tmp_path / "LEARNING.md").read_text()
