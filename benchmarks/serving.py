@@ -249,7 +249,7 @@ def teacher(arguments: argparse.Namespace) -> dict[str, Any]:
         settings = ZOTrainingArguments(
             output_dir=f"runs/serving-{runtime}",
             max_steps=arguments.steps,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=arguments.batch,
             learning_rate=1e-3,
             zo_runtime=runtime,
             save_strategy="no",
@@ -315,6 +315,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=300, help="of the part teacher")
+    parser.add_argument("--batch", type=int, default=16, help="examples a step of the part teacher")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serving.json"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -323,7 +324,7 @@ def main() -> None:
         data = " --dataset_dir sst2" if arguments.dataset_dir else ""
         command = f"python benchmarks/serving.py --model smollm2{data} --only {name} --repeats {arguments.repeats}"
         if name == "teacher":
-            command += f" --steps {arguments.steps}"
+            command += f" --steps {arguments.steps} --batch {arguments.batch}"
         told[name] = {"command": command, **environment(), "vllm": _vllm_version(), "threads": torch.get_num_threads()}
         told[name]["cases"] = PARTS[name](arguments)
         arguments.output.write_text(json.dumps(told, indent=1) + "\n")
