@@ -169,6 +169,7 @@ def noise(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("mezo lora", "mezo full"):
         form, settings = CASES[name]
         for runtime in ("vllm", "torch"):
+            torch.manual_seed(0)  # of the adapter's start
             ours = Ours(load(arguments.model, form), {**settings, "zo_runtime": runtime}, rows, default_data_collator)
             trainer = ours.trainer
             eps = trainer.args.zo_eps
