@@ -24,7 +24,8 @@ def main() -> int:
     """Replay, evaluate, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--card", default="mezo-full")
+    full = sorted(folder.name for folder in HERE.glob("*-full"))
+    parser.add_argument("--card", default="mezo-full", choices=full, help="adapters: hf-zo replay alone")
     arguments = parser.parse_args()
     reported = json.loads((HERE / arguments.card / "run_facts.json").read_text())["results"]["accuracy"]
     with tempfile.TemporaryDirectory() as scratch:
