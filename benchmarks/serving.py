@@ -10,7 +10,7 @@
   against what a probe moves the loss by, eps |g|;
 - ``overhead``: what the vLLM runtime adds to a step beyond the engine's forward passes and the head;
 - ``teacher``: the same run on both runtimes in fp32. Fed by the teacher, both measure at the same weights, where the losses of
-  the torch runtime lead; running free, each follows its own losses.
+  the torch runtime lead; running free, each follows its own losses and ends with an accuracy of its own.
 
 Wants the environment of ``make test-vllm``.
 """
@@ -31,14 +31,15 @@ from typing import Any
 import matplotlib as mpl
 import torch
 from hardware import environment
-from speed import LORA, Classic, Ours, _option_loss, _per_option, fixed, in_turn, load, ratio
-from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
+from speed import DTYPE, Classic, Ours, _option_loss, _per_option, fixed, in_turn, load, ratio
+from transformers import AutoTokenizer, default_data_collator
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
 from hf_zo.directions import Probe
 from hf_zo.runtimes.torch import evaluation_mode
 from hf_zo.runtimes.vllm import llvmlite_as_others
 from hf_zo.tasks import OptionCollator, encode_rows, get_task, load_rows, option_loss
+from hf_zo.tasks.finetune import ModelArguments, trainer_parts
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -66,12 +67,12 @@ def steps(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, (form, settings) in CASES.items():
         rows = fixed(16, 64, 49152)
         both = {
-            runtime: Ours(load(arguments.model, form), {**settings, "zo_runtime": runtime}, rows, default_data_collator)
+            runtime: Ours(load(arguments, form), {**settings, "zo_runtime": runtime}, rows, default_data_collator)
             for runtime in ("vllm", "torch")
         }
         timed = {runtime: ours.step for runtime, ours in both.items()}
         if name in ("mezo full", "mezo lora"):
-            model = load(arguments.model, form)
+            model = load(arguments, form)
             batch = default_data_collator(rows)
             timed["classic"] = Classic(model, lambda model=model, batch=batch: model(**batch).loss).step
         told["16 x 64"][name] = _seconds(timed, arguments.repeats)
@@ -85,7 +86,7 @@ def _real_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     tokenizer, encoded = _sst2(arguments, 16 * 4)
     told: dict[str, Any] = {}
     for name, (form, settings) in CASES.items():
-        models = {runtime: load(arguments.model, form) for runtime in ("vllm", "torch", "classic")}
+        models = {runtime: load(arguments, form) for runtime in ("vllm", "torch", "classic")}
         parts: dict[str, list[float]] = {}
         for i in range(0, len(encoded), 16):
             rows = encoded[i : i + 16]
@@ -124,7 +125,7 @@ def scoring(arguments: argparse.Namespace) -> dict[str, Any]:
     import vllm
 
     rows = fixed(16, 64, 49152)
-    ours = Ours(load(arguments.model, "full"), {"zo_runtime": "vllm"}, rows, default_data_collator)
+    ours = Ours(load(arguments, "full"), {"zo_runtime": "vllm"}, rows, default_data_collator)
     trainer = ours.trainer
     threads = torch.get_num_threads()
     with llvmlite_as_others():
@@ -132,7 +133,7 @@ def scoring(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.model,
             enforce_eager=True,
             enable_prefix_caching=False,
-            dtype="bfloat16",
+            dtype=arguments.dtype,
             max_model_len=2048,
             max_logprobs=1,
         )
@@ -163,14 +164,14 @@ def scoring(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def noise(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Spread of the loss at one point, of both runtimes in bf16, and the response that it has to leave visible."""
+    """Spread of the loss at one point, of both runtimes, and the response that it has to leave visible."""
     told: dict[str, Any] = {}
     rows = fixed(16, 64, 49152)
     for name in ("mezo lora", "mezo full"):
         form, settings = CASES[name]
         for runtime in ("vllm", "torch"):
             torch.manual_seed(0)  # of the adapter's start
-            ours = Ours(load(arguments.model, form), {**settings, "zo_runtime": runtime}, rows, default_data_collator)
+            ours = Ours(load(arguments, form), {**settings, "zo_runtime": runtime}, rows, default_data_collator)
             trainer = ours.trainer
             eps = trainer.args.zo_eps
             same, shuffled, responses = [], [], []
@@ -204,9 +205,7 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     told = {}
     for name in ("mezo full", "mezo lora"):
         form, settings = CASES[name]
-        ours = Ours(
-            load(arguments.model, form), {**settings, "zo_runtime": "vllm"}, fixed(16, 64, 49152), default_data_collator
-        )
+        ours = Ours(load(arguments, form), {**settings, "zo_runtime": "vllm"}, fixed(16, 64, 49152), default_data_collator)
         served, inside = ours.trainer._engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner.model, [0.0]
         seconds = in_turn({"step": ours.step, "bare": ours.bare}, arguments.repeats)
 
@@ -233,25 +232,23 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def teacher(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Losses of both runtimes step by step in fp32, LoRA MeZO on SST-2 (without a data set, on random sequences)."""
-    if arguments.dataset_dir:
-        tokenizer, examples = _sst2(arguments, 1000)
-        hooks: dict[str, Any] = {"compute_loss_func": option_loss}
-    else:
-        tokenizer, examples, hooks = None, fixed(64, 32, 49152), {}
+    """Losses of both runtimes step by step in fp32, LoRA MeZO on SST-2, and the accuracy that the two runs end with."""
+    task = get_task("sst2")
+    train_rows = load_rows(task, "train", arguments.dataset_dir, 1000, 0)
+    eval_rows = load_rows(task, "validation", arguments.dataset_dir)
 
     def trainer_on(runtime: str, oracle_of: Callable[[Any], Any] | None = None) -> tuple[Any, list[list[float]]]:
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-        model.config.use_cache = False
-        model = get_peft_model(model, LoraConfig(**LORA))
+        base = ModelArguments(
+            arguments.model, peft="lora", dtype="float32", lora_r=8, lora_alpha=16, lora_target_modules=["q_proj", "v_proj"]
+        )
         settings = ZOTrainingArguments(
             output_dir=f"runs/serving-{runtime}",
             max_steps=arguments.steps,
             per_device_train_batch_size=arguments.batch,
-            learning_rate=1e-3,
+            per_device_eval_batch_size=32,
+            learning_rate=2.5e-3,
+            lr_scheduler_type="cosine",
+            zo_clip=1.0,
             zo_runtime=runtime,
             save_strategy="no",
             logging_strategy="no",
@@ -260,8 +257,7 @@ def teacher(arguments: argparse.Namespace) -> dict[str, Any]:
             disable_tqdm=True,
             remove_unused_columns=False,
         )
-        collate = default_data_collator if tokenizer is None else OptionCollator(tokenizer, model)
-        trainer = ZOTrainer(model, settings, train_dataset=examples, data_collator=collate, **hooks)
+        trainer = ZOTrainer(args=settings, **trainer_parts(base, task, train_rows, eval_rows))
         seen: list[list[float]] = []
         measure = trainer._measure
 
@@ -274,12 +270,13 @@ def teacher(arguments: argparse.Namespace) -> dict[str, Any]:
         return trainer, seen
 
     runs: dict[str, list[list[float]]] = {}
+    accuracies: dict[str, float] = {}
     for name, runtime in (("torch", "torch"), ("taught", "vllm"), ("free", "vllm")):
         trainer, seen = trainer_on(runtime, (lambda step: runs["torch"][step]) if name == "taught" else None)
         trainer.train()
-        runs[name] = seen
-        print("teacher", name, seen[-1], flush=True)
-    told: dict[str, Any] = {"steps": arguments.steps, "losses": runs}
+        runs[name], accuracies[name] = seen, trainer.evaluate()["eval_accuracy"]
+        print("teacher", name, seen[-1], accuracies[name], flush=True)
+    told: dict[str, Any] = {"steps": arguments.steps, "accuracies": accuracies, "losses": runs}
     for name in ("taught", "free"):
         apart = [
             max(abs(a - b) / abs(a) for a, b in zip(x, y, strict=True)) for x, y in zip(runs["torch"], runs[name], strict=True)
@@ -314,8 +311,11 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset_dir")
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default=DTYPE, help="of the model's weights; default %(default)s"
+    )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=300, help="of the part teacher")
+    parser.add_argument("--steps", type=int, default=500, help="of the part teacher")
     parser.add_argument("--batch", type=int, default=16, help="examples a step of the part teacher")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serving.json"))
     arguments = parser.parse_args()
@@ -324,6 +324,7 @@ def main() -> None:
     for name in arguments.only:
         data = " --dataset_dir sst2" if arguments.dataset_dir else ""
         command = f"python benchmarks/serving.py --model smollm2{data} --only {name} --repeats {arguments.repeats}"
+        command += f" --dtype {arguments.dtype}"
         if name == "teacher":
             command += f" --steps {arguments.steps} --batch {arguments.batch}"
         told[name] = {"command": command, **environment(), "vllm": _vllm_version(), "threads": torch.get_num_threads()}

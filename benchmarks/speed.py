@@ -40,6 +40,7 @@ from hf_zo.tasks import OptionCollator, encode_rows, get_task, load_rows, option
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+DTYPE = "bfloat16" if environment()["avx512_bf16"] else "float32"  # what the processor multiplies
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 # Case: form, settings.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -143,9 +144,9 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
     return told
 
 
-def load(model_dir: str, form: str) -> torch.nn.Module:
-    """The model in bf16, ready for a form."""
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).eval()
+def load(arguments: argparse.Namespace, form: str) -> torch.nn.Module:
+    """The model, ready for a form."""
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval()
     model.config.use_cache = False
     return get_peft_model(model, LoraConfig(**LORA)) if form == "lora" else model
 
@@ -174,7 +175,7 @@ def table(arguments: argparse.Namespace) -> dict[str, Any]:
     """16 sequences of 64 tokens, every case."""
     told = {}
     for name, (form, settings) in CASES.items():
-        model = load(arguments.model, form)
+        model = load(arguments, form)
         told[name] = cell(model, settings, fixed(16, 64, 49152), arguments.repeats, classic=name in ("mezo full", "mezo lora"))
         print(name, told[name], flush=True)
     return told
@@ -189,7 +190,7 @@ def sst2(arguments: argparse.Namespace) -> dict[str, Any]:
     encoded = encode_rows(task, rows, tokenizer, 512).examples
     for form in ("full", "lora"):
         parts: dict[str, list[float]] = {"step": [], "bare": [], "classic": []}
-        model = load(arguments.model, form)
+        model = load(arguments, form)
         for i in range(0, len(encoded), 16):
             rows_of_batch = encoded[i : i + 16]
             collate = OptionCollator(tokenizer, model)
@@ -254,12 +255,12 @@ def draws(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
     """All weights of models of 135M and 1.3B parameters, the latter of OPT's shape with random weights."""
-    told = {"135M": cell(load(arguments.model, "full"), {}, fixed(16, 64, 49152), arguments.repeats)}
+    told = {"135M": cell(load(arguments, "full"), {}, fixed(16, 64, 49152), arguments.repeats)}
     config = OPTConfig(hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32, word_embed_proj_dim=2048)
     config.use_cache = False
     with torch.device("meta"):
         big = OPTForCausalLM(config)
-    big = big.to(torch.bfloat16).to_empty(device="cpu").eval()
+    big = big.to(getattr(torch, arguments.dtype)).to_empty(device="cpu").eval()
     big.tie_weights()
     with torch.no_grad():
         for i, p in enumerate(big.parameters()):
@@ -271,7 +272,7 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     """Full-parameter MeZO over batch sizes and lengths: where the forward passes grow, the rest does not."""
-    model, told = load(arguments.model, "full"), {}
+    model, told = load(arguments, "full"), {}
     for rows, tokens in ((4, 64), (16, 32), (16, 64), (16, 128), (64, 64)):
         told[f"{rows} x {tokens}"] = cell(model, {}, fixed(rows, tokens, 49152), max(2, arguments.repeats // 2))
         print(rows, tokens, told[f"{rows} x {tokens}"], flush=True)
@@ -280,7 +281,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def batched(arguments: argparse.Namespace) -> dict[str, Any]:
     """Two forward passes against one over both batches: what putting the probes of an adapter into one forward could save."""
-    model, told = load(arguments.model, "full"), {}
+    model, told = load(arguments, "full"), {}
 
     def forward(rows: int, tokens: int) -> Callable[[], None]:
         ids = torch.randint(10, 49152, (rows, tokens), generator=torch.Generator().manual_seed(0))
@@ -305,7 +306,7 @@ def batched(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the Trainer's loop adds to a step: the time of a run less that of its steps and updates, LoRA."""
-    ours = Ours(load(arguments.model, "lora"), {}, fixed(4, 32, 49152), default_data_collator)
+    ours = Ours(load(arguments, "lora"), {}, fixed(4, 32, 49152), default_data_collator)
     trainer, inside = ours.trainer, [0.0]
     trainer.args.max_steps, trainer.args.logging_steps = 60, 10
 
@@ -343,7 +344,11 @@ def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", __file__]
             environ = {**os.environ, "OMP_NUM_THREADS": str(2 // processes)}
             done = subprocess.run(
-                [*command, "--model", arguments.model, "--rank"], capture_output=True, text=True, env=environ, check=True
+                [*command, "--model", arguments.model, "--dtype", arguments.dtype, "--rank"],
+                capture_output=True,
+                text=True,
+                env=environ,
+                check=True,
             )
             seconds[name].append(float(done.stdout.strip().splitlines()[-1]))
     told = {f"{name}_seconds": round(statistics.median(values), 4) for name, values in seconds.items()}
@@ -352,11 +357,11 @@ def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
     return told
 
 
-def _rank(model_dir: str) -> None:
+def _rank(arguments: argparse.Namespace) -> None:
     """One of the processes of `ranks`; the first prints the median time of a step."""
     processes = int(os.environ["WORLD_SIZE"])
-    model, rows = load(model_dir, "full"), fixed(16, 64, 49152)
-    arguments = ZOTrainingArguments(
+    model, rows = load(arguments, "full"), fixed(16, 64, 49152)
+    settings = ZOTrainingArguments(
         output_dir="runs/speed",
         max_steps=12,
         learning_rate=1e-9,
@@ -372,7 +377,7 @@ def _rank(model_dir: str) -> None:
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             begins.append(time.perf_counter())
 
-    ZOTrainer(model, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[Clock()]).train()
+    ZOTrainer(model, settings, train_dataset=rows, data_collator=default_data_collator, callbacks=[Clock()]).train()
     if os.environ["RANK"] == "0":
         print(statistics.median(b - a for a, b in pairwise(begins[2:])))
 
@@ -416,17 +421,21 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset_dir")
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default=DTYPE, help="of the model's weights; default %(default)s"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed.json"))
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
-        _rank(arguments.model)
+        _rank(arguments)
         return
     torch.manual_seed(0)
     told = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     for name in arguments.only:
         command = f"python benchmarks/speed.py --model smollm2 --dataset_dir sst2 --only {name} --repeats {arguments.repeats}"
+        command += f" --dtype {arguments.dtype}"
         told[name] = {"command": command, **environment(), "threads": torch.get_num_threads(), "cases": PARTS[name](arguments)}
         arguments.output.write_text(json.dumps(told, indent=1) + "\n")
     figure(told, arguments.output.with_suffix(".png"))

@@ -8,7 +8,9 @@ window, before its probes are measured:
   of rows weighs attention, which grows with the width, against padding;
 - options that share a prompt fork from one copy of it: every option sees the prompt and itself;
 - the head runs where a label or an option is read: its input is cut down by a hook, so soft caps and scales that a model
-  applies to logits stay its own.
+  applies to logits stay its own;
+- where rows stay rows (encoders, recurrent models, virtual tokens), a batch is computed in groups of rows of nearly one
+  length.
 
 Nothing about the model is taken for granted. The first batch is measured in every form: a form is used if its loss is that
 of the batch as it came, and if no sequence notices when another one is changed. Otherwise the next plainer form is tried:
@@ -40,9 +42,11 @@ KEPT = "zo_kept_positions"
 _KEYS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels"}  # what a batch may hold to be rewritten
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a loss, relative; 16-bit arithmetic differs by more
 _NARROW_TOLERANCE = 3e-2
+_PASS = 48  # tokens that take as long as a forward pass takes whatever its size (MiniLM and SmolLM2, one to two CPU threads)
 _MOST_ROWS = 32  # tried for the cheapest layout, beside one row per sequence
 
 Loss = Callable[[dict[str, Any]], torch.Tensor]
+PooledLoss = Callable[[list[dict[str, Any]]], torch.Tensor]
 Place = tuple[int, int]
 """Row and column of a token in a batch."""
 
@@ -94,6 +98,7 @@ class Packing:
         self._hidden_size = getattr(config, "hidden_size", None) or 1024
         self._window = getattr(config, "sliding_window", None) or float("inf")
         self.form: Form | None = None if enabled and self._head is not None else "plain"
+        self._grouped = None if enabled and in_rows else False  # by length; None until a batch has been tried
         self.real = self.computed = 0
 
     def __call__(self, inputs: dict[str, Any], loss: Loss) -> dict[str, Any]:
@@ -114,6 +119,33 @@ class Packing:
         self.real += int(inputs["input_ids"].numel() if mask is None else mask.sum())
         self.computed += rewritten["input_ids"].numel()
         return rewritten
+
+    def parts(self, inputs: dict[str, Any], loss: Loss, pooled: PooledLoss) -> list[dict[str, Any]]:
+        """A batch that keeps its rows in groups of nearly one length, so that less padding is computed; else the batch alone.
+
+        Args:
+            inputs: as for a call.
+            loss: as for a call.
+            pooled: the loss of several batches as one; asked once, to see that groups have the loss of the whole.
+        """
+        if self.form is None and self._suits(inputs):
+            self.form = self._chosen(inputs, loss)
+        if self.form == "packed" or self._grouped is False:
+            return [inputs]
+        groups = self._by_length(inputs)
+        if len(groups) > 1 and self._grouped is None:
+            whole = float(pooled([dict(inputs)]))
+            difference = abs(float(pooled([dict(group) for group in groups])) - whole)
+            self._grouped = difference <= self._allowed(whole)
+            logger.info(
+                "Batches are%s grouped by length: the loss differs by %.1e.", "" if self._grouped else " not", difference
+            )
+        if not self._grouped:
+            return [inputs]
+        if self.form == "plain":
+            self.real += int(inputs["attention_mask"].sum())
+            self.computed += sum(group["input_ids"].numel() for group in groups)
+        return groups
 
     @contextmanager
     def reading(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -151,7 +183,7 @@ class Packing:
 
     def _chosen(self, inputs: dict[str, Any], loss: Loss) -> Form:
         plain = float(loss(dict(inputs)))
-        allowed = _TOLERANCE.get(self._dtype, _NARROW_TOLERANCE) * max(1.0, abs(plain))
+        allowed = self._allowed(plain)
         forms: tuple[Form, ...] = ("packed", "labelled") if self._may_pack else ("labelled",)
         for form in forms:
             try:
@@ -171,6 +203,9 @@ class Packing:
             logger.info("Batches are not %s: the first one's loss differs by %.1e; apart: %s.", form, difference, apart)
         return "plain"
 
+    def _allowed(self, loss: float) -> float:
+        return _TOLERANCE.get(self._dtype, _NARROW_TOLERANCE) * max(1.0, abs(loss))
+
     def _keeps_apart(self, inputs: dict[str, Any], loss: Loss) -> bool:
         """Whether the other sequences' logits stay, to the bit, when the first sequence's tokens change.
 
@@ -189,6 +224,54 @@ class Packing:
             handle.remove()
         own = sum(row == 0 for row, _ in self._wanted(inputs))
         return torch.equal(seen[0][:, own:], seen[1][:, own:])
+
+    # ---- groups by length --------------------------------------------------------------------------------------------------
+
+    def _by_length(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """The batch in groups that share less padding, or alone."""
+        examples = self._separable(inputs)
+        if len(examples) < 2:
+            return [inputs]
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        groups = _groups([max(lengths[row] for row in rows) for rows in examples], [len(rows) for rows in examples])
+        if len(groups) == 1:
+            return [inputs]
+        return [self._group(inputs, group, [row for i in group for row in examples[i]]) for group in groups]
+
+    def _separable(self, inputs: Mapping[str, Any]) -> list[list[int]]:
+        """Rows of every example; nothing where examples cannot be told apart, or where a pass costs more than padding does."""
+        ids, mask, labels = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("labels")
+        if not (isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor) and ids.shape == mask.shape):
+            return []
+        if ids.device.type != "cpu" or set(inputs) - _KEYS:
+            return []
+        alone = [[row] for row in range(len(ids))]
+        if isinstance(labels, OptionLabels):
+            examples = _rows_of_examples(labels, alone)
+            return examples if len(examples) == len(labels["target"]) else []  # else there are rows of no example
+        if not isinstance(labels, torch.Tensor) or labels.shape not in (ids.shape, ids.shape[:1]):
+            return []
+        read = labels[:, 1:] if labels.ndim > 1 and self._causal else labels.reshape(len(ids), -1)
+        return [] if (read == -100).all(1).any() else alone  # a group without a label has no mean loss
+
+    def _group(self, inputs: Mapping[str, Any], group: Sequence[int], rows: list[int]) -> dict[str, Any]:
+        """Some examples of a batch, with the columns that they use."""
+        width = inputs["input_ids"].shape[1]
+        used = inputs["attention_mask"][rows].any(0).nonzero()
+        first, end = int(used[0]), int(used[-1]) + 1
+        cut: dict[str, Any] = {}
+        for key, value in inputs.items():
+            if isinstance(value, OptionLabels):
+                scored, place = value["scored"][list(group)].clone(), {row: i for i, row in enumerate(rows)}
+                real = scored[..., 3] >= 0
+                scored[..., 0][real] = torch.tensor([place[row] for row in scored[..., 0][real].tolist()])
+                scored[..., 1][real] -= width - end  # positions count from the end
+                cut[key] = OptionLabels(target=value["target"][list(group)], scored=scored)
+            elif isinstance(value, torch.Tensor):
+                cut[key] = value[rows, first:end] if value.ndim > 1 and value.shape[1] == width else value[rows]
+            else:
+                cut[key] = value
+        return cut
 
     # ---- the forms ---------------------------------------------------------------------------------------------------
 
@@ -324,6 +407,30 @@ def _assigned(sizes: Sequence[int], rows: int) -> list[list[int]]:
         layout[row].append(i)
         filled[row] += sizes[i]
     return [sorted(row) for row in layout if row]
+
+
+def _groups(lengths: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
+    """Examples in groups of similar length that cost least: padded tokens, and for every group what a pass costs by itself.
+
+    Args:
+        lengths: of the longest row of every example.
+        rows: number of rows of every example.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    cheapest, begins = [0], [0]  # of the first n examples in that order, and where their last group begins
+    for n in range(1, len(order) + 1):
+        wide, high, options = lengths[order[n - 1]], 0, []
+        for begin in range(n - 1, -1, -1):
+            high += rows[order[begin]]
+            options.append((cheapest[begin] + wide * high + _PASS, begin))
+        cost, begin = min(options)
+        cheapest.append(cost)
+        begins.append(begin)
+    groups, end = [], len(order)
+    while end:
+        groups.append(sorted(order[begins[end] : end]))
+        end = begins[end]
+    return groups[::-1]
 
 
 def _rows_of_examples(labels: OptionLabels, groups: list[list[int]]) -> list[list[int]]:

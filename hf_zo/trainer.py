@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from .adapters import adapted_layers, attach, basis_of, calibrate, check_basis, draw_basis, freeze_basis
-from .checkpoints import TrajectoryCheckpoints, is_weightless
+from .checkpoints import is_weightless
 from .directions import Probe, space_of
+from .engine_runs import EngineRuns
 from .estimators import METHODS, Estimator
 from .hub.callbacks import ZOTrainerCallback, card_of
 from .objectives import OBJECTIVES, example_count, label_count
@@ -38,12 +39,10 @@ from .optimizer import ZOOptimizer
 from .packing import Packing
 from .precision import LossesSeen, fp32_losses
 from .runtimes import TorchRuntime
-from .runtimes.remote import SERVED_ARGUMENTS, Server
+from .runtimes.remote import Server
 from .runtimes.torch import Randomness, evaluation_mode
-from .runtimes.vllm import Engine, EngineError
-from .tasks.scoring import OptionLabels, option_loss
+from .tasks.scoring import OptionLabels
 from .training_args import Trained, ZOTrainingArguments, recommended
-from .trajectory import content_hash
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class NonFiniteLossError(FloatingPointError):
     """A probe gave NaN or infinity. The weights are restored and nothing was applied."""
 
 
-class ZOTrainerMixin(TrajectoryCheckpoints):
+class ZOTrainerMixin(EngineRuns):
     """Turns a Trainer subclass into a forward-only one: ``class MyTrainer(ZOTrainerMixin, Seq2SeqTrainer)``.
 
     The training arguments must derive from `ZOTrainingArguments`; for a trainer with arguments of its own, combine them:
@@ -105,6 +104,7 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
             self._check_served()
             self._server = Server(args.zo_server, self.model)
         self._packing, self._losses_seen = self._packing_of(self.model), LossesSeen()
+        self._divides_by_items: bool | None = None
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self._resolve_defaults()
 
@@ -179,59 +179,6 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
         own = type(self).compute_loss is ZOTrainerMixin.compute_loss
         enabled = self.args.zo_packing and own and not self.args.torch_compile
         return Packing(model, enabled, in_rows=self._engine is None)
-
-    def _engine_of(self, model: nn.Module) -> Engine | None:
-        """The engine that computes forward passes of ``model`` in this process, if the arguments want one."""
-        if self.args.zo_runtime != "vllm" or self.args.zo_server is not None:
-            return None
-        if self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"zo_runtime='vllm' runs in one process, and {self.accelerator.num_processes} were launched; launch one, or "
-                "use zo_runtime='torch'."
-            )
-        return Engine(model)
-
-    def _check_served(self) -> None:
-        """Refuse what a server cannot compute, because it is code of this process."""
-        own = type(self).compute_loss is ZOTrainerMixin.compute_loss
-        own = own and super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[attr-defined]
-        for wrong, what in (
-            (self.accelerator.num_processes > 1, f"{self.accelerator.num_processes} processes"),
-            (self._objective_fn is not None, "objective_fn"),
-            (self.args.zo_objective not in ("loss", "accuracy"), f"zo_objective={self.args.zo_objective!r}"),
-            (self.compute_loss_func not in (None, option_loss), "compute_loss_func (other than hf_zo.tasks.option_loss)"),
-            (self.label_smoother is not None, "label_smoothing_factor"),
-            (not own, f"{type(self).__name__}.compute_loss"),
-        ):
-            if wrong:
-                raise ValueError(
-                    f"zo_server={self.args.zo_server!r} does not work with {what}: the server measures the loss or the "
-                    "accuracy of a single process, with the loss of the model or of hf_zo.tasks. Unset zo_server."
-                )
-
-    def _start_server(self) -> None:
-        """Bring the server to where this run is: by its trajectory, which may be empty."""
-        assert self._server is not None
-        if self._log is None:
-            raise EngineError(
-                f"zo_server={self.args.zo_server!r} follows a run by its trajectory, and this one writes none, because it "
-                "goes on from a state that no trajectory leads to. Start a new run."
-            )
-        trajectory, params = self._log.trajectory, self._zo_optimizer.params
-        tensors = {f"initial/{name}": t for name, t in trajectory.initial.items()}
-        prefix = getattr(getattr(self.model, "base_model", None), "prefix", None)
-        if isinstance(self.model, PeftModel) and prefix is not None:  # what the base does not determine, such as ZO-Act's basis
-            frozen = {name: p for name, p in self.model.named_parameters() if prefix in name and name not in params}
-            tensors.update({f"frozen/{name}": p for name, p in frozen.items()})
-        told = {
-            "header": trajectory.header,
-            "steps": [[step.losses, step.learning_rates, step.skipped] for step in trajectory.steps],
-            "hash": content_hash(params),
-            "options": self.compute_loss_func is option_loss,
-            "arguments": {name: getattr(self.args, name) for name in SERVED_ARGUMENTS},
-        }
-        self._server.start(told, tensors)
-        self._served = self._log
 
     def _check_model(self, model: nn.Module) -> None:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -408,43 +355,43 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
         # A skipped step reports the loss of the step before it, never 0; zo/skipped_steps tells them apart.
         return torch.tensor(self._last_loss, device=self.args.device)
 
-    def _warn_of_rounding(self, rounding: float, moved: float) -> None:
-        """Probes have to move the loss by more than two ways of computing it differ."""
-        if self.args.zo_objective == "loss" and rounding > moved / 2:
-            logger.warning(
-                "zo_eps=%g is small for this engine: the probes of the first step move the loss by %.1e, and its rounding is "
-                "about %.1e (vLLM's loss of the first batch against the model's own). Use a larger zo_eps, or float32.",
-                self.args.zo_eps,
-                moved,
-                rounding,
-            )
-
     def _measure(
         self, model: nn.Module, probes: Sequence[Probe], window: list[dict[str, Any]], num_items: torch.Tensor | int | None
     ) -> list[float]:
         """Losses of the pooled window at ``probes``: over micro-batches, then over processes. fp64; the same on all ranks."""
         assert self._runtime is not None
+        num_items = self._items_if_read(model, window[0], num_items)
         scaled = self._loss_is_scaled(num_items)
         # Scores other than accuracy, and functions that users give, are means over examples.
         per_label = self._objective_fn is None and self.args.zo_objective in ("loss", "accuracy")
-        counts = [label_count(self.model, inputs) if per_label else example_count(inputs) for inputs in window]
-        weights = [1.0 if scaled else float(count) for count in counts]
-        total = sum(weights)
+
+        def weights_of(window: Sequence[dict[str, Any]]) -> list[float]:
+            if scaled:  # each loss is a sum over its items, divided by the items of the window
+                return [1.0] * len(window)
+            return [float(label_count(self.model, x) if per_label else example_count(x)) for x in window]
+
+        def pooled(window: Sequence[dict[str, Any]], weights: Sequence[float]) -> torch.Tensor:
+            losses = [self._probe_loss(model, dict(inputs), num_items).double() for inputs in window]
+            total = sum(w * x for w, x in zip(weights, losses, strict=True))
+            return total if scaled else total / max(sum(weights), 1.0)  # type: ignore[return-value]
+
+        def loss_of(batch: dict[str, Any]) -> torch.Tensor:
+            return self._model_loss(model, batch, num_items)
+
         if self._engine is not None and not self._engine.checked:
             inputs = window[0]
             self._engine.check(
-                float(self._model_loss(model, dict(inputs), num_items)),
+                float(loss_of(dict(inputs))),
                 float(super().compute_loss(model, dict(inputs), num_items_in_batch=num_items)),  # type: ignore[arg-type]
             )
-        if self._reads_labels_only(window):
-            window = [self._packing(inputs, lambda batch: self._model_loss(model, batch, num_items)) for inputs in window]
-
-        def measure() -> torch.Tensor:
-            losses = [self._probe_loss(model, dict(inputs), num_items).double() for inputs in window]
-            if scaled:  # each is a sum over its items, divided by the items of the window
-                return torch.stack(losses).sum()
-            return sum(w * x for w, x in zip(weights, losses, strict=True)) / max(total, 1.0)  # type: ignore[return-value]
-
+        rewritten = self._reads_labels_only(window)
+        if rewritten:
+            parts = (self._packing.parts(x, loss_of, lambda batches: pooled(batches, weights_of(batches))) for x in window)
+            window = [part for several in parts for part in several]
+        weights = weights_of(window)
+        if rewritten:
+            window = [self._packing(inputs, loss_of) for inputs in window]
+        measure = functools.partial(pooled, window, weights)
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         if ranks == 1:
             return self._runtime.losses(probes, measure)
@@ -459,7 +406,7 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
             return self._sum_over_ranks(gathered)
         # With average_tokens_across_devices every rank's loss is already divided by the items of all ranks and multiplied
         # by their number; otherwise ranks count by their items.
-        weight = total
+        weight = sum(weights)
         if scaled and num_items is not None:
             weight = 1.0 if self.args.average_tokens_across_devices else float(num_items)
         mine = self._runtime.losses(probes, measure)
@@ -485,9 +432,12 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
             return False
         if all(isinstance(inputs.get("labels"), OptionLabels) for inputs in window):
             return True
-        own = super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[attr-defined]
         untouched = self.compute_loss_func is None and self.label_smoother is None
-        return own and untouched and self.args.zo_objective == "loss"
+        return self._loss_is_the_trainers() and untouched and self.args.zo_objective == "loss"
+
+    def _loss_is_the_trainers(self) -> bool:
+        mine = type(self).compute_loss is ZOTrainerMixin.compute_loss
+        return mine and super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[attr-defined]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The Trainer's; for an evaluation by options, also the form in which nothing is wasted (`Packing`)."""
@@ -502,6 +452,22 @@ class ZOTrainerMixin(TrajectoryCheckpoints):
         serving = nullcontext() if self._engine is None else self._engine.serving()
         with self._packing.reading(inputs) as taken, serving:
             return super().compute_loss(model, taken, *args, **kwargs)
+
+    def _items_if_read(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+    ) -> torch.Tensor | int | None:
+        """``num_items`` if the loss divides by it, else None, so that micro-batches are averaged and not added up.
+
+        A model may take the argument and ignore it, as BERT's classifier does in transformers 5. The first batch tells.
+        """
+        if num_items is None or not self._loss_is_scaled(num_items) or getattr(self, "loss_is_scaled_for_ga", None):
+            return num_items
+        if self._divides_by_items is None:
+            once, half = (float(self._model_loss(model, dict(inputs), n)) for n in (num_items, 2 * num_items))
+            if once == 0 or not math.isfinite(once):
+                return num_items  # tells nothing
+            self._divides_by_items = abs(half - once) > abs(once) / 4
+        return num_items if self._divides_by_items else None
 
     def _loss_is_scaled(self, num_items: torch.Tensor | int | None) -> bool:
         """Whether micro-batch losses add up to the window's, as the Trainer's own step decides it."""

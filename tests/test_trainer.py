@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import sys
@@ -518,3 +519,21 @@ def test_an_engine_has_no_virtual_tokens() -> None:
     prompted = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(EngineError, match="virtual tokens"):
         Engine(prompted)
+
+
+def test_a_model_that_ignores_the_number_of_items_is_averaged_over_the_window(tmp_path: Path) -> None:
+    """BERT's classifier takes num_items_in_batch and returns a mean all the same; four batches of two are one of eight."""
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    model = BertForSequenceClassification(BertConfig(vocab_size=30, num_labels=2, **shape)).eval()
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(1, 30, (6,), generator=generator), "labels": torch.tensor(i % 2)} for i in range(8)]
+    losses = []
+    for size, micro_batches in ((8, 1), (2, 4)):
+        arguments = arguments_of(
+            tmp_path, "mezo", max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches
+        )
+        trainer = ZOTrainer(copy.deepcopy(model), arguments, train_dataset=rows)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)

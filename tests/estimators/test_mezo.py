@@ -90,9 +90,9 @@ def test_second_moment(direction, excess, n):
 def test_factorised_moments(rank):
     """E[s z] = G within 5 standard errors, E|s z|^2 = |G|^2 (mn + 2 + 2 (m + n + 1) / r), unit variance; U and V are fresh.
 
-    The fourth moment is large: 40,000 draws give a standard error of about 1 % on the second.
+    The fourth moment is large: the second is known to a standard error of 1 to 3 %, which the draws themselves tell.
     """
-    m, n, draws = 4, 5, 40_000
+    m, n, draws = 4, 5, 20_000
     gradient = torch.randn(m, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     params = {"w": torch.zeros(m, n, dtype=torch.float64), "b": torch.zeros(3, dtype=torch.float64)}
     estimator = MeZO(space_of(params), direction="factorised", direction_rank=rank, eps=1e-3)
@@ -103,11 +103,16 @@ def test_factorised_moments(rank):
     z = torch.stack([estimator.direction_of(t, 0).sample("w").double() for t in range(draws)])
     assert float(z.pow(2).mean()) == pytest.approx(1, abs=0.02)
     assert all(int(torch.linalg.matrix_rank(x.float())) == rank for x in z[:50])
-    drawn = torch.stack([estimator.estimate(t, oracle).gradient("w", params["w"]) for t in range(draws)])
+    drawn = (gradient * z).sum((1, 2), keepdim=True) * z  # what the estimator makes of a linear loss
+    for t in range(50):
+        torch.testing.assert_close(estimator.estimate(t, oracle).gradient("w", params["w"]), drawn[t], rtol=1e-4, atol=1e-4)
     error = drawn.std(0) / draws**0.5
     assert ((drawn.mean(0) - gradient).abs() < 5 * error).all()
     predicted = m * n + 2 + 2 * (m + n + 1) / rank
-    assert float(drawn.pow(2).sum((1, 2)).mean() / gradient.pow(2).sum()) == pytest.approx(predicted, rel=0.04)
+    squares = drawn.pow(2).sum((1, 2)) / gradient.pow(2).sum()
+    error = float(squares.std()) / draws**0.5
+    assert error < 0.04 * predicted
+    assert abs(float(squares.mean()) - predicted) < 4 * error
     spaces = [torch.linalg.svd(x)[2][0] for x in z[:2]]
     assert abs(float(spaces[0] @ spaces[1])) < 0.999  # V is not held from step to step
     bias = estimator.direction_of(0, 0).sample("b")
