@@ -128,12 +128,12 @@ def test_weights_are_clean_at_every_hook(tmp_path: Path) -> None:
     assert changes == [("on_pre_optimizer_step", "on_optimizer_step")] * 2
 
 
-def test_one_window_calls_the_model_twice_per_micro_batch_after_the_audit(tmp_path: Path) -> None:
+def test_a_window_calls_the_model_twice_per_micro_batch_after_the_first_look(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, gradient_accumulation_steps=3, max_steps=2, zo_restore="copy", zo_packing=False)
     calls = [0]
     trainer.model.register_forward_pre_hook(lambda module, args: calls.__setitem__(0, calls[0] + 1))
     trainer.train()
-    assert calls[0] == 2 * 3 * 2
+    assert calls[0] == 2 * 3 * 2 + 2  # the first batch has shown, with two calls, that the loss divides by its items
 
 
 def test_the_model_keeps_its_storage(tmp_path: Path) -> None:
@@ -451,12 +451,12 @@ def test_resuming_from_nothing_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["mezo", "bszo", "zo_act"])
 def test_no_allocation_grows_over_steps(case: str, tmp_path: Path) -> None:
-    """Between step 50 and step 550 no tensor is added, and in the last 100 memory only for the log: a few numbers a step."""
+    """Between step 50 and step 500 no tensor is added, and in the last 50 memory only for the log: a few numbers a step."""
     tensors: dict[int, int] = {}
     memory: dict[int, int] = {}
 
     def count(hook: str, step: int, kwargs: Any) -> None:
-        if hook != "on_step_end" or step not in (50, 440, 450, 550):
+        if hook != "on_step_end" or step not in (50, 440, 450, 500):
             return
         gc.collect()
         tensors[step] = sum(type(x) is torch.Tensor for x in gc.get_objects())
@@ -464,15 +464,15 @@ def test_no_allocation_grows_over_steps(case: str, tmp_path: Path) -> None:
             tracemalloc.start()  # slows every step down; by 450 what a step leaves for the next has been seen
         memory[step] = tracemalloc.get_traced_memory()[0]
 
-    trainer = trainer_of(tmp_path, case, max_steps=551, logging_steps=10_000)
+    trainer = trainer_of(tmp_path, case, max_steps=501, logging_steps=10_000)
     trainer.add_callback(Recorder(count))
     try:
         trainer.train()
     finally:
         tracemalloc.stop()
-    assert tensors[550] <= tensors[50]
+    assert tensors[500] <= tensors[50]
     assert memory[450] > 0
-    assert memory[550] - memory[450] < 100 * 1024
+    assert memory[500] - memory[450] < 50 * 1024
 
 
 @pytest.mark.slow
