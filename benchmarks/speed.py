@@ -31,7 +31,16 @@ import matplotlib as mpl
 import torch
 from hardware import environment
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, TrainerCallback, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OPTConfig,
+    OPTForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_zo import ZOTrainer, ZOTrainingArguments, noise
 from hf_zo.runtimes.torch import evaluation_mode
@@ -304,11 +313,36 @@ def batched(arguments: argparse.Namespace) -> dict[str, Any]:
     return told
 
 
+class _Clock(TrainerCallback):
+    """When steps begin, and how much time had been spent inside of steps by then."""
+
+    def __init__(self, inside: list[float]) -> None:
+        self.begins: list[tuple[float, float]] = []
+        self.inside = inside
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begins.append((time.perf_counter(), self.inside[0]))
+
+    def milliseconds_outside(self) -> float:
+        """Median over steps, without the first ten."""
+        outside = [(b[0] - a[0]) - (b[1] - a[1]) for a, b in pairwise(self.begins[10:])]
+        return round(1000 * statistics.median(outside), 2)
+
+
+class _Idle(Trainer):
+    """The transformers Trainer's loop around nothing."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(())
+
+
 def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the Trainer's loop adds to a step: the time of a run less that of its steps and updates, LoRA."""
-    ours = Ours(load(arguments, "lora"), {}, fixed(4, 32, 49152), default_data_collator)
-    trainer, inside = ours.trainer, [0.0]
+    """What the Trainer's loop adds to a step, LoRA: time less that of steps and updates; and the same loop around nothing."""
+    rows = fixed(4, 32, 49152)
+    ours = Ours(load(arguments, "lora"), {}, rows, default_data_collator)
+    trainer, clock, idle_clock = ours.trainer, _Clock([0.0]), _Clock([0.0])
     trainer.args.max_steps, trainer.args.logging_steps = 60, 10
+    trainer.train_dataset = rows * 60  # one epoch: what begins with an epoch is not a step's
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -316,22 +350,25 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
             try:
                 return function(*args, **kwargs)
             finally:
-                inside[0] += time.perf_counter() - begin
+                clock.inside[0] += time.perf_counter() - begin
 
         return call
 
     trainer.training_step = timed(trainer.training_step)  # type: ignore[method-assign]
     trainer._zo_optimizer.step = timed(trainer._zo_optimizer.step)  # type: ignore[method-assign]
-    begins: list[tuple[float, float]] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            begins.append((time.perf_counter(), inside[0]))
-
-    trainer.add_callback(Clock())
+    trainer.add_callback(clock)
     trainer.train()
-    outside = [(b[0] - a[0]) - (b[1] - a[1]) for a, b in pairwise(begins[10:])]
-    told = {"milliseconds_outside_the_step": round(1000 * statistics.median(outside), 2), "steps": len(outside)}
+    settings = {"max_steps": 60, "logging_steps": 10, "per_device_train_batch_size": 4, "max_grad_norm": 0.0, "optim": "sgd"}
+    unchanged = {name: getattr(trainer.args, name) for name in ("output_dir", "save_strategy", "report_to", "use_cpu")}
+    plain = TrainingArguments(**settings, **unchanged, disable_tqdm=True)
+    _Idle(
+        load(arguments, "lora"), plain, train_dataset=rows * 60, data_collator=default_data_collator, callbacks=[idle_clock]
+    ).train()
+    told = {
+        "milliseconds_outside_the_step": clock.milliseconds_outside(),
+        "milliseconds_of_the_plain_loop_around_nothing": idle_clock.milliseconds_outside(),
+        "steps": 49,
+    }
     print("overhead", told, flush=True)
     return told
 

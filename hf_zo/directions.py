@@ -53,6 +53,49 @@ class Direction(ABC):
         return True
 
 
+class ExampleDirections(Direction):
+    """A direction for every example of a batch; as a direction, the sum of theirs by ``weights``.
+
+    That of example e in a tensor is piece e of one noise stream, whatever the number of examples is.
+
+    Args:
+        space: the trainable tensors.
+        seed: run seed.
+        step: optimizer step they belong to.
+        index: number within the step.
+        kind: ``"gaussian"`` or ``"rademacher"``.
+        weights: one per example; none while they are used to probe.
+    """
+
+    def __init__(
+        self, space: Space, seed: int, step: int, index: int, kind: noise.Kind = "gaussian", weights: Sequence[float] = ()
+    ) -> None:
+        self.space = space
+        self.seed = seed
+        self.step = step
+        self.index = index
+        self.kind: noise.Kind = kind
+        self.weights = tuple(weights)
+
+    def weighted(self, weights: Sequence[float]) -> ExampleDirections:
+        """The same directions with other weights."""
+        return ExampleDirections(self.space, self.seed, self.step, self.index, self.kind, weights)
+
+    def each(self, name: str, count: int) -> torch.Tensor:
+        """The directions of tensor ``name`` for the first ``count`` examples: fp32, [count, *shape]."""
+        spec = self.space[name]
+        key = noise.stream_key(self.seed, self.step, self.index, "examples", name)
+        return noise.sample(key, (count, *spec.shape), spec.device, self.kind)
+
+    def sample(self, name: str) -> torch.Tensor:
+        """Their weighted sum for tensor ``name``, added up one by one, so that its bits do not depend on the machine."""
+        spec = self.space[name]
+        total = torch.zeros(spec.shape, dtype=torch.float32, device=spec.device)
+        for weight, z in zip(self.weights, self.each(name, len(self.weights)), strict=True):
+            total += z * weight
+        return total
+
+
 Terms = Sequence[tuple[float, Direction]]
 """A linear combination of directions."""
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .tasks.generation import greedy_answers, reference_answers
-from .tasks.scoring import OptionLabels, option_predictions
+from .tasks.scoring import OptionLabels, option_predictions, option_scores
 from .tasks.text import token_f1
 
 Objective = Callable[[Any, nn.Module, Mapping[str, Any]], torch.Tensor]
@@ -45,6 +45,33 @@ def example_count(inputs: Mapping[str, Any]) -> int:
     if isinstance(labels, OptionLabels):
         return len(labels["target"])
     return next((len(v) for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim), 1)
+
+
+def contributions(
+    model: nn.Module, logits: torch.Tensor, inputs: Mapping[str, Any], num_items: torch.Tensor | int | None, score: str
+) -> torch.Tensor:
+    """What every item of a batch (an example with options, a class, a label token) adds to its loss, fp32, flattened.
+
+    Args:
+        model: the model, which tells whether its labels are shifted.
+        logits: what it made of the batch.
+        inputs: the batch.
+        num_items: what the loss divides the sum over its items by; None for the number of items.
+        score: ``"loss"``, or ``"accuracy"`` for what examples with options add to one minus their accuracy.
+    """
+    labels = inputs["labels"]
+    if isinstance(labels, OptionLabels):
+        if score == "accuracy":
+            return option_predictions(logits, labels).ne(labels["target"]).float() / len(labels["target"])
+        return nn.functional.cross_entropy(option_scores(logits, labels), labels["target"], reduction="none") / len(
+            labels["target"]
+        )
+    if "shift_labels" in inputs:
+        labels = inputs["shift_labels"]
+    elif labels.ndim > 1 and shifts_labels(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    items = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
+    return items / (labels.ne(-100).sum() if num_items is None else num_items)
 
 
 def accuracy(trainer: Any, model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -39,7 +39,10 @@ Form = Literal["packed", "labelled", "plain"]
 KEPT = "zo_kept_positions"
 """Key under which a rewritten batch carries the flat positions whose logits are wanted."""
 
-_KEYS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels"}  # what a batch may hold to be rewritten
+EXAMPLES = "zo_examples"
+"""Key under which a batch carries the numbers of its examples: by row as it came, by row and column once it is packed."""
+
+_KEYS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels", EXAMPLES}  # of a batch to be rewritten
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a loss, relative; 16-bit arithmetic differs by more
 _NARROW_TOLERANCE = 3e-2
 _PASS = 48  # tokens that take as long as a forward pass takes whatever its size (MiniLM and SmolLM2, one to two CPU threads)
@@ -76,6 +79,7 @@ class Packing:
         form: the form in use; None before the first batch.
         real: tokens that the rewritten batches held, a shared prompt once for every option.
         computed: tokens that were computed for them, padding included.
+        examples: of the batch that is being read, if it carries them.
     """
 
     def __init__(self, model: nn.Module, enabled: bool = True, in_rows: bool = True) -> None:
@@ -100,6 +104,7 @@ class Packing:
         self.form: Form | None = None if enabled and self._head is not None else "plain"
         self._grouped = None if enabled and in_rows else False  # by length; None until a batch has been tried
         self.real = self.computed = 0
+        self.examples: torch.Tensor | None = None
 
     def __call__(self, inputs: dict[str, Any], loss: Loss) -> dict[str, Any]:
         """The batch in its new form, or as it came.
@@ -150,10 +155,11 @@ class Packing:
     @contextmanager
     def reading(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Give out a batch as the model takes it; meanwhile the head runs at the wanted positions only."""
+        inputs = dict(inputs)
+        self.examples = inputs.pop(EXAMPLES, None)
         if KEPT not in inputs:
             yield inputs
             return
-        inputs = dict(inputs)
         kept, width = inputs.pop(KEPT), inputs["input_ids"].shape[1]
 
         def cut(head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -168,6 +174,23 @@ class Packing:
             yield inputs
         finally:
             handle.remove()
+
+    def runs(self, tokens: int) -> list[tuple[int, int, int]]:
+        """Stretches ``(begin, end, example)`` of the batch that is being read, of whose tokens a layer sees so many, flattened.
+
+        Raises:
+            ValueError: if the layer does not see the tokens of the batch, or one of every row.
+        """
+        examples = self.examples
+        if examples is None or tokens % len(examples) or (examples.ndim > 1 and tokens != examples.numel()):
+            raise ValueError(
+                f"zo_per_example=True: a layer sees {tokens} tokens, which cannot be told apart by example; unset it, or leave "
+                "that layer without an adapter."
+            )
+        numbers = examples.flatten() if examples.ndim > 1 else examples.repeat_interleave(tokens // len(examples))
+        owned, lengths = torch.unique_consecutive(numbers, return_counts=True)
+        ends = lengths.cumsum(0)
+        return list(zip((ends - lengths).tolist(), ends.tolist(), owned.tolist(), strict=True))
 
     # ---- the choice --------------------------------------------------------------------------------------------------
 
@@ -295,7 +318,7 @@ class Packing:
             families = self._families(inputs, forked)
             if max(map(len, families)) > self._window:  # the mask knows no sliding window
                 return dict(inputs)
-            batch, places = self._laid_out(families, ids.device, rows)
+            batch, places = self._laid_out(families, ids.device, rows, inputs.get(EXAMPLES))
             if any(place not in places for place in wanted):
                 return dict(inputs)
             kept = [places[place] for place in wanted]
@@ -348,15 +371,17 @@ class Packing:
         return families
 
     def _laid_out(
-        self, families: Sequence[_Family], device: torch.device, rows: int | None
+        self, families: Sequence[_Family], device: torch.device, rows: int | None, examples: torch.Tensor | None
     ) -> tuple[dict[str, Any], dict[Place, int]]:
         """The rows of a new batch, and the flat position of every token that the old one held."""
         layout = _assigned([len(f) for f in families], rows) if rows else self._cheapest([len(f) for f in families])
         width = max(sum(len(families[i]) for i in row) for row in layout)
         ids, positions, places = [], [], {}
+        owners: list[list[int]] = []  # the row of the old batch that every token came from; padding follows what is before it
         lineage: list[list[tuple[int, int]]] = []  # (family, branch; 0 is the trunk) of every token, padding is alone
         for number, row in enumerate(layout):
             row_ids: list[int] = []
+            row_owners: list[int] = []
             row_positions: list[int] = []
             row_lineage: list[tuple[int, int]] = []
             for i in row:
@@ -364,6 +389,7 @@ class Packing:
                 for offset, sources in enumerate(family.sources):
                     for place in sources:
                         places[place] = number * width + len(row_ids) + offset
+                row_owners += [family.sources[0][0][0]] * len(family)
                 row_ids += family.trunk + [token for branch in family.branches for token in branch]
                 row_positions += range(len(family.trunk))
                 row_lineage += [(i, 0)] * len(family.trunk)
@@ -372,6 +398,7 @@ class Packing:
                     row_lineage += [(i, b + 1)] * len(branch)
             surplus = width - len(row_ids)
             ids.append(row_ids + [row_ids[0]] * surplus)
+            owners.append(row_owners + [row_owners[-1]] * surplus)
             positions.append(row_positions + [0] * surplus)  # every padding token a sequence of its own
             lineage.append(row_lineage + [(-1 - j, 0) for j in range(surplus)])
         batch: dict[str, Any] = {
@@ -380,6 +407,8 @@ class Packing:
             "use_cache": False,
         }
         seen = _block_mask(torch.tensor(lineage, device=device))
+        if examples is not None:
+            batch[EXAMPLES] = examples[torch.tensor(owners, device=device)]
         batch["attention_mask"] = (~seen * torch.finfo(self._dtype).min).to(self._dtype) if self._additive_mask else seen
         return batch, places
 
@@ -438,6 +467,39 @@ def _rows_of_examples(labels: OptionLabels, groups: list[list[int]]) -> list[lis
     grouped = [sorted({row for row, _, _, option in record if option >= 0}) for record in labels["scored"].tolist()]
     told = {row for rows in grouped for row in rows}
     return [rows for rows in grouped if rows] + [group for group in groups if group[0] not in told]
+
+
+def numbered(inputs: dict[str, Any], first: int) -> dict[str, Any]:
+    """A batch with numbers for its examples, from ``first`` on."""
+    ids, labels = inputs["input_ids"], inputs.get("labels")
+    numbers = torch.arange(first, first + len(ids), device=ids.device)
+    if isinstance(labels, OptionLabels):
+        records = labels["scored"]
+        example = torch.arange(len(records), device=ids.device)[:, None].expand(records.shape[:2])
+        real = records[..., 3] >= 0
+        numbers[records[..., 0][real]] = first + example[real]
+    return {**inputs, EXAMPLES: numbers}
+
+
+def example_of_items(batch: Mapping[str, Any], causal: bool) -> torch.Tensor:
+    """The number of the example that every item of the loss belongs to: by option record, by label, or by row.
+
+    Args:
+        batch: a `numbered` one, in whichever form.
+        causal: whether position i of the logits predicts label i + 1.
+    """
+    examples, labels = batch[EXAMPLES], batch["labels"]
+    if not isinstance(labels, OptionLabels) and KEPT not in batch and causal:
+        labels = labels[:, 1:]
+    if KEPT in batch:  # one row of logits
+        kept = batch[KEPT]
+        of_logits = examples.flatten()[kept] if examples.ndim > 1 else examples[kept // batch["input_ids"].shape[1]]
+        if not isinstance(labels, OptionLabels):
+            return of_logits
+        return of_logits[len(of_logits) - labels["scored"][:, 0, 1]]
+    if isinstance(labels, OptionLabels):
+        return examples[labels["scored"][:, 0, 0]]
+    return examples.view(-1, *[1] * (labels.ndim - 1)).expand_as(labels).flatten()
 
 
 def _common(sequences: Sequence[Sequence[int]]) -> int:

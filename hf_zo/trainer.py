@@ -34,9 +34,9 @@ from .directions import Probe, space_of
 from .engine_runs import EngineRuns
 from .estimators import METHODS, Estimator
 from .hub.callbacks import ZOTrainerCallback, card_of
-from .objectives import OBJECTIVES, example_count, label_count
+from .objectives import OBJECTIVES, contributions, example_count, label_count, shifts_labels
 from .optimizer import ZOOptimizer
-from .packing import Packing
+from .packing import Packing, example_of_items, numbered
 from .precision import LossesSeen, fp32_losses
 from .runtimes import TorchRuntime
 from .runtimes.remote import Server
@@ -87,6 +87,10 @@ class ZOTrainerMixin(EngineRuns):
             )
         if objective_fn is not None and args.zo_objective != "loss":
             raise ValueError(f"objective_fn and zo_objective={args.zo_objective!r} exclude each other; give one of them.")
+        if objective_fn is not None and args.zo_per_example:
+            raise ValueError(
+                "objective_fn scores whole batches, and zo_per_example=True needs every example's loss; unset one."
+            )
         if args.zo_objective not in OBJECTIVES:
             raise ValueError(f"zo_objective={args.zo_objective!r} does not exist; choose one of {', '.join(OBJECTIVES)}.")
         self._objective_fn = objective_fn
@@ -105,6 +109,7 @@ class ZOTrainerMixin(EngineRuns):
             self._server = Server(args.zo_server, self.model)
         self._packing, self._losses_seen = self._packing_of(self.model), LossesSeen()
         self._divides_by_items: bool | None = None
+        self._examples_checked = False
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self._resolve_defaults()
 
@@ -272,7 +277,8 @@ class ZOTrainerMixin(EngineRuns):
         ]
         estimator: Estimator = METHODS[self.args.zo_method](space_of(params), **self.args.estimator_kwargs())
         # A compiled model calls no hooks: without the model, the runtime mutates weights in place and restores them.
-        self._runtime = TorchRuntime(params, self.args.zo_restore, None if self.args.torch_compile else model)
+        runs = self._packing.runs if self.args.zo_per_example else None
+        self._runtime = TorchRuntime(params, self.args.zo_restore, None if self.args.torch_compile else model, runs)
         self.optimizer = ZOOptimizer(groups, {p: name for name, p in params.items()}, estimator, inner)
         bases = [basis_of(layer) for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
         self._agree_on_weights([*params.values(), *bases])
@@ -337,9 +343,9 @@ class ZOTrainerMixin(EngineRuns):
             if self.args.zo_nonfinite == "raise":
                 raise
             logger.warning("Step %d is skipped: %s", self.state.global_step, error)
-            optimizer.stage(None, len(self._losses))
+            optimizer.stage(None, optimizer.estimator.measured(len(self._losses)))
         else:
-            optimizer.stage(estimate, len(self._losses))
+            optimizer.stage(estimate, optimizer.estimator.measured(len(self._losses)))
             self._last_loss = estimate.loss
             self._metrics_of_step = {
                 "zo/projected_gradient": estimate.projected_gradients[-1],
@@ -378,6 +384,8 @@ class ZOTrainerMixin(EngineRuns):
         def loss_of(batch: dict[str, Any]) -> torch.Tensor:
             return self._model_loss(model, batch, num_items)
 
+        if self.args.zo_per_example:
+            window, examples = self._numbered(window)
         if self._engine is not None and not self._engine.checked:
             inputs = window[0]
             self._engine.check(
@@ -392,6 +400,8 @@ class ZOTrainerMixin(EngineRuns):
         if rewritten:
             window = [self._packing(inputs, loss_of) for inputs in window]
         measure = functools.partial(pooled, window, weights)
+        if self.args.zo_per_example:
+            measure = functools.partial(self._by_example, model, window, weights, num_items, scaled, examples)
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         if ranks == 1:
             return self._runtime.losses(probes, measure)
@@ -400,10 +410,11 @@ class ZOTrainerMixin(EngineRuns):
             # itself communicate.
             share = [probes[min(i, len(probes) - 1)] for i in range(rank, -(-len(probes) // ranks) * ranks, ranks)]
             mine = self._runtime.losses(share, measure)
-            gathered = torch.zeros(len(probes), dtype=torch.float64)
-            for i, loss in zip(range(rank, len(probes), ranks), mine, strict=False):
-                gathered[i] = loss
-            return self._sum_over_ranks(gathered)
+            measured = torch.tensor(mine, dtype=torch.float64).view(len(share), -1)
+            gathered = torch.zeros(len(probes), measured.shape[1], dtype=torch.float64)
+            for i, losses in zip(range(rank, len(probes), ranks), measured, strict=False):
+                gathered[i] = losses
+            return self._sum_over_ranks(gathered.flatten())
         # With average_tokens_across_devices every rank's loss is already divided by the items of all ranks and multiplied
         # by their number; otherwise ranks count by their items.
         weight = sum(weights)
@@ -412,6 +423,49 @@ class ZOTrainerMixin(EngineRuns):
         mine = self._runtime.losses(probes, measure)
         *sums, total_weight = self._sum_over_ranks(torch.tensor([*(weight * x for x in mine), weight], dtype=torch.float64))
         return [x / total_weight for x in sums]
+
+    def _numbered(self, window: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+        """The window with its examples numbered, and how many there are; over all ranks, if these read different data."""
+        counts = [example_count(inputs) for inputs in window]
+        ranks, rank, total, first = self.accelerator.num_processes, self.accelerator.process_index, sum(counts), 0
+        if ranks > 1 and self.args.zo_parallel == "data":
+            mine = torch.zeros(ranks, dtype=torch.float64)
+            mine[rank] = total
+            of_ranks = [int(n) for n in self._sum_over_ranks(mine)]
+            total, first = sum(of_ranks), sum(of_ranks[:rank])
+        begins = itertools.accumulate(counts, initial=first)
+        return [numbered(inputs, begin) for inputs, begin in zip(window, begins, strict=False)], total
+
+    def _by_example(
+        self,
+        model: nn.Module,
+        window: list[dict[str, Any]],
+        weights: list[float],
+        num_items: torch.Tensor | int | None,
+        scaled: bool,
+        examples: int,
+    ) -> torch.Tensor:
+        """What every example adds to the pooled loss of the window, fp64.
+
+        Raises:
+            ValueError: on the first batch, if the loss is not the mean cross-entropy of labels or options.
+        """
+        total, causal = torch.zeros(examples, dtype=torch.float64, device=self.args.device), shifts_labels(self.model)
+        for w, inputs in zip(weights, window, strict=True):
+            with self.compute_loss_context_manager(), fp32_losses(self.model, self._losses_seen):
+                loss, outputs = self.compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=num_items)
+            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+            items = contributions(self.model, logits, inputs, num_items if scaled else None, self.args.zo_objective)
+            if not self._examples_checked and self.args.zo_objective == "loss":
+                added, whole = float(items.sum()), float(loss)
+                if abs(added - whole) > 1e-2 * max(1.0, abs(whole)):
+                    raise ValueError(
+                        f"zo_per_example=True takes the loss for a mean cross-entropy: {added:.5g} on the first batch, whose "
+                        f"loss is {whole:.5g}. Unset zo_per_example, or the loss function of your own."
+                    )
+                self._examples_checked = True
+            total.index_add_(0, example_of_items(inputs, causal), items.double() * w)
+        return total if scaled else total / max(sum(weights), 1.0)
 
     def _probe_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> torch.Tensor:
         """The objective on one micro-batch under the weights as they stand, fp32."""

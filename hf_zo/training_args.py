@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -72,6 +73,10 @@ class ZOTrainingArguments(TrainingArguments):
             for lozo, whose factors are its own, nor for curvzo).
         zo_direction_rank (`int`, defaults to 16):
             Rank of factorised directions; 16 to 64 is usual. Clipped to a tensor's smaller dimension.
+        zo_per_example (`bool`, defaults to `False`):
+            Displace every example of a batch along a direction of its own, for mezo and zo_act on adapters of linear layers.
+            As many forward passes, and up to as many times less variance as the batch has examples. No weight is written,
+            whatever `zo_restore` says.
         zo_seed (`int`, *optional*):
             Key of all directions. Default: `seed`.
         zo_clip (`float`, *optional*):
@@ -146,6 +151,7 @@ class ZOTrainingArguments(TrainingArguments):
     zo_num_directions: int | None = field(default=None, metadata={"help": "Directions per step. Default: the method's."})
     zo_direction: Entries = field(default="gaussian", metadata={"help": "'gaussian', 'rademacher' or 'factorised'."})
     zo_direction_rank: int = field(default=16, metadata={"help": "Rank of factorised directions."})
+    zo_per_example: bool = field(default=False, metadata={"help": "A direction of its own for every example of a batch."})
     zo_seed: int | None = field(default=None, metadata={"help": "Key of all directions. Default: seed."})
     zo_clip: float | None = field(default=None, metadata={"help": "Bound on the absolute projected gradient."})
     zo_nonfinite: str = field(default="raise", metadata={"help": "On a non-finite loss: 'raise' or 'skip'."})
@@ -268,6 +274,8 @@ class ZOTrainingArguments(TrainingArguments):
         known = hyperparameters(self.zo_method)
         if self.zo_num_directions is not None and "num_directions" not in known:
             raise ValueError(f"zo_num_directions does nothing for zo_method={self.zo_method!r}; leave it unset.")
+        if self.zo_per_example:
+            self._check_per_example(known)
         if self.zo_direction_rank != 16 and self.zo_direction != "factorised":
             raise ValueError(
                 f"zo_direction_rank={self.zo_direction_rank} does nothing for zo_direction={self.zo_direction!r}; set "
@@ -282,6 +290,16 @@ class ZOTrainingArguments(TrainingArguments):
                     f"{f.name}={getattr(self, f.name)!r} belongs to zo_method={owner!r}, but zo_method is "
                     f"{self.zo_method!r}; leave it at its default or change zo_method."
                 )
+
+    def _check_per_example(self, known: Mapping[str, Any]) -> None:
+        for wrong, what in (
+            ("per_example" not in known, f"zo_method={self.zo_method!r}: mezo and zo_act have it"),
+            (self.zo_runtime != "torch", "zo_runtime='vllm', whose layers see sequences in an order of the engine's"),
+            (self.torch_compile, "torch_compile=True: a compiled model calls no hooks"),
+            (self.zo_objective not in ("loss", "accuracy"), f"zo_objective={self.zo_objective!r}, a score of whole batches"),
+        ):
+            if wrong:
+                raise ValueError(f"zo_per_example=True does not go with {what}. Unset one of them.")
 
     def _check_backward_only(self) -> None:
         optim = str(getattr(self.optim, "value", self.optim))

@@ -33,7 +33,7 @@ from torch import nn
 
 from ._version import __version__
 from .adapters import adapter_key, adapter_values
-from .directions import Probe, TensorSpec, space_of
+from .directions import ExampleDirections, Probe, TensorSpec, space_of
 from .estimators import METHODS, Estimate, Estimator, hyperparameters
 from .optimizer import ZOOptimizer
 
@@ -408,7 +408,7 @@ def apply_estimate(optimizer: ZOOptimizer, estimate: Estimate | None, step: Step
     rates = _widened(step.learning_rates, len(optimizer.param_groups))
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = lr
-    optimizer.stage(estimate, len(step.losses))
+    optimizer.stage(estimate, optimizer.estimator.measured(len(step.losses)))
     optimizer.step()
 
 
@@ -418,6 +418,13 @@ def _estimate(estimator: Estimator, number: int, step: Step) -> Estimate:
     left = list(step.losses)
 
     def oracle(probes: Sequence[Probe]) -> list[float]:
+        if any(isinstance(direction, ExampleDirections) for probe in probes for _, direction in probe.terms):
+            taken, left[:] = left[:], []
+            if not taken or len(taken) % len(probes):
+                raise TrajectoryError(
+                    f"Step {number} of the trajectory holds {len(taken)} losses, not one an example and probe."
+                )
+            return taken
         if len(probes) > len(left):
             raise TrajectoryError(f"Step {number} of the trajectory holds too few losses for its method.")
         taken, left[:] = left[: len(probes)], left[len(probes) :]

@@ -5,12 +5,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish():
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports():
     # Every training run collects garbage, which takes most of a short run when it has to look at all that was imported.
     gc.collect()
     gc.freeze()

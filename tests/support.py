@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mezo": {},
     "mezo-n3-rademacher": {"zo_method": "mezo", "zo_num_directions": 3, "zo_direction": "rademacher"},
     "mezo-factorised": {"zo_method": "mezo", "zo_num_directions": 2, "zo_direction": "factorised", "zo_direction_rank": 3},
+    "mezo-per-example": {"zo_method": "mezo", "zo_num_directions": 2, "zo_per_example": True},
     "mezo-adamw": {"zo_method": "mezo", "optim": "adamw_torch", "learning_rate": 1e-3},
     "lozo": {"lozo_interval": 3},
     "lozo-momentum": {"zo_method": "lozo", "lozo_momentum": 0.7, "lozo_interval": 2},
@@ -54,8 +55,12 @@ AVERAGING: dict[str, dict[str, Any]] = {"lozo-momentum": {"lozo_interval": 50}}
 # (kernel K3) and 7.22 (Richardson).
 LOSS_NOISE: dict[str, float] = {"kerzoo": 4.33, "kerzoo-richardson": 2.69}
 FORMS = ("full", "lora")
-# ZO-Act brings an adapter of its own: it is given the base model and trains the adapter.
-COMBINATIONS = [(case, form) for case in CASES for form in FORMS if not (case == "zo_act" and form == "lora")]
+# ZO-Act brings an adapter of its own: it is given the base model and trains the adapter. Examples are displaced singly by the
+# factors of adapters alone.
+_ONE_FORM = {"zo_act": "full", "mezo-per-example": "lora"}
+COMBINATIONS = [(case, form) for case in CASES for form in FORMS if _ONE_FORM.get(case, form) == form]
+# What a vLLM engine, or a server, can measure: it does not know which token belongs to which example.
+SERVED = [(case, form) for case, form in COMBINATIONS if case != "mezo-per-example"]
 
 
 def settings_of(case: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from support import CASES, arguments_of, trainer_of
+from support import CASES, COMBINATIONS, arguments_of, trainer_of
 from tasks.tiny import ROWS, make_bpe, make_wordpiece, tiny
 from torch import nn
 
@@ -411,8 +411,9 @@ def test_options_are_grouped_with_their_examples():
 def test_training_is_the_same_with_and_without(case, tmp_path):
     """Losses and evaluation agree to fp32 rounding, over an accumulation window and a few steps."""
     logs = {}
+    form = next(form for name, form in COMBINATIONS if name == case)
     for packing in (True, False):
-        trainer = trainer_of(tmp_path, case, max_steps=3, zo_packing=packing, gradient_accumulation_steps=2)
+        trainer = trainer_of(tmp_path, case, form, max_steps=3, zo_packing=packing, gradient_accumulation_steps=2)
         trainer.train()
         assert trainer._packing.form == ("packed" if packing else "plain")
         logs[packing] = [entry for entry in trainer.state.log_history if "loss" in entry]

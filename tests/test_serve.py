@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support import (
-    COMBINATIONS,
+    SERVED,
     Recorder,
     Sentences,
     ServerProcess,
@@ -53,7 +53,7 @@ def served(output_dir: Path, case: str, form: str, url: str, dtype: torch.dtype 
     return trainer_of(output_dir, case, form, dtype, zo_runtime="vllm", zo_server=url, **more)
 
 
-@pytest.mark.parametrize(("case", "form"), COMBINATIONS)
+@pytest.mark.parametrize(("case", "form"), SERVED)
 def test_equals_the_run_in_one_process(case: str, form: str, server: str, tmp_path: Path) -> None:
     """Bitwise, in losses and weights; saving compares the hashes of both sides."""
     options: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_steps": 5, "save_strategy": "steps", "save_steps": 2}

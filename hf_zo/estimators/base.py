@@ -18,7 +18,11 @@ from .. import noise
 from ..directions import DenseDirection, Direction, Entries, LowRankDirection, Probe, Space, Terms, displace
 
 Oracle = Callable[[Sequence[Probe]], Sequence[float]]
-"""Measures the loss of the current window at each probe, in fp64. May be called more than once in a step."""
+"""Measures the loss of the current window at each probe, in fp64. May be called more than once in a step.
+
+For probes along `ExampleDirections`, which a step asks for at once, the examples' contributions to it: as many numbers per
+probe as the window has examples, probe by probe.
+"""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,10 @@ class Estimator(ABC):
     @abstractmethod
     def forwards(self) -> int:
         """Loss evaluations per step."""
+
+    def measured(self, losses: int) -> int:
+        """Forward passes that gave so many losses."""
+        return losses
 
     @abstractmethod
     def estimate(self, step: int, oracle: Oracle) -> Estimate:

@@ -33,13 +33,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..directions import Direction, Probe, Terms, displace
+from .examples import ExampleProbes
 from .prefix import SharedPrefix
 
 logger = logging.getLogger(__name__)
 
 Restore = Literal["auto", "copy", "transient", "in_place"]
 Measure = Callable[[], torch.Tensor]
-"""The loss of the current window under the weights as they stand, a scalar tensor."""
+"""The loss of the current window under the weights as they stand, a scalar tensor; or what every example contributes to it."""
 
 COPY_UP_TO = 0.05  # share of the model's bytes up to which `auto` keeps a clean copy
 
@@ -51,12 +52,19 @@ class TorchRuntime:
         params: trainable tensors by canonical name.
         restore: see the module's description.
         model: the module that owns ``params``; needed for ``transient``. Without it ``auto`` means ``copy``.
+        runs: for probes along `ExampleDirections`, see `ExampleProbes`; ``restore`` has then nothing to act on.
 
     Raises:
-        ValueError: if ``restore`` is unknown, or ``transient`` without a model.
+        ValueError: if ``restore`` is unknown, or ``transient`` without a model; with ``runs``, see `ExampleProbes`.
     """
 
-    def __init__(self, params: Mapping[str, torch.Tensor], restore: Restore = "auto", model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        params: Mapping[str, torch.Tensor],
+        restore: Restore = "auto",
+        model: nn.Module | None = None,
+        runs: Callable[[int], list[tuple[int, int, int]]] | None = None,
+    ) -> None:
         if restore not in get_args(Restore):
             raise ValueError(f"zo_restore={restore!r} does not exist; choose one of {', '.join(get_args(Restore))}.")
         if restore == "transient" and model is None:
@@ -70,6 +78,7 @@ class TorchRuntime:
                 "of the weights in every step. 'transient' and 'copy' are exact."
             )
         self._prefix = SharedPrefix(model, params) if model is not None else None
+        self._examples = ExampleProbes(model, params, runs) if model is not None and runs is not None else None
         self._transient = _TransientWeights(model, params) if model is not None and self.restore == "transient" else None
 
     def _choose(self) -> Restore:
@@ -81,7 +90,9 @@ class TorchRuntime:
 
     @torch.no_grad()
     def losses(self, probes: Sequence[Probe], measure: Measure) -> list[float]:
-        """Loss at each probe, in fp64. Weights and all random states are afterwards what they were, also after an error.
+        """Loss at each probe, in fp64; as many numbers per probe as ``measure`` returns.
+
+        Weights and all random states are afterwards what they were, also after an error.
 
         Every probe sees the same random numbers, in case the model draws any.
         """
@@ -92,7 +103,9 @@ class TorchRuntime:
                 randomness.rewind()
                 return measure()
 
-            if self._transient is not None:
+            if self._examples is not None:
+                place = stack.enter_context(self._examples.measuring())
+            elif self._transient is not None:
                 place = stack.enter_context(self._transient.measuring(probes, rewound))
             elif self.restore == "copy":
                 place = stack.enter_context(_written(self.params, self.params))
@@ -103,7 +116,7 @@ class TorchRuntime:
                 place(probe)
                 measured.append(shared(rewound).detach())
         # One transfer for all probes: the only point at which the host waits for the device.
-        return [float(x) for x in torch.stack([m.reshape(()) for m in measured]).double().tolist()]
+        return [float(x) for x in torch.cat([m.reshape(-1) for m in measured]).double().tolist()]
 
     @contextmanager
     def _sharing(self, probes: Sequence[Probe]) -> Iterator[Callable[[Measure], torch.Tensor]]:

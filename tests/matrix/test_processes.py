@@ -95,7 +95,8 @@ def test_two_ranks_equal_one_process(case: str, form: str, parallel: str, two_ra
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[1] == losses[2]
     assert not ranks[0]["ddp"]
-    assert 0 < ranks[0]["carried"] <= 64 * STEPS
+    # Of examples with directions of their own, every loss: of 4 probes for 8 or 4 of them.
+    assert 0 < ranks[0]["carried"] <= (300 if case == "mezo-per-example" else 64) * STEPS
 
 
 @every_form

@@ -1,0 +1,86 @@
+"""Every example of a batch displaced along a direction of its own, in one forward pass.
+
+A linear layer with weight W gives example e, for its tokens x, ``(W + a Z_e) x = W x + a Z_e x``. So nothing is written to W: a
+hook adds the second term to the layer's output, sequence by sequence. With the factors of an adapter it costs as much as the
+factors themselves; with whole weights it would double the forward pass, and hold a direction for each example in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..directions import ExampleDirections, Probe
+
+
+def owners_of_linears(model: nn.Module, params: Mapping[str, torch.Tensor]) -> dict[nn.Module, str]:
+    """The linear layers that own the trainable weights, with the names of these.
+
+    Raises:
+        ValueError: if a trainable tensor is anything else than the weight of a `torch.nn.Linear`.
+    """
+    names = {id(p): name for name, p in params.items()}
+    found: dict[nn.Module, str] = {
+        module: names[id(module.weight)]
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and id(module.weight) in names
+    }
+    others = sorted(set(params) - set(found.values()))
+    if others:
+        raise ValueError(
+            f"zo_per_example=True displaces weights of linear layers only, such as those of LoRA and ZO-Act adapters; "
+            f"{others[0]} and {len(others) - 1} other trainable tensors are none. Freeze them, or unset zo_per_example."
+        )
+    return found
+
+
+class ExampleProbes:
+    """Hooks that displace the linear layers of a model example by example.
+
+    Args:
+        model: the module that owns ``params``.
+        params: trainable tensors by canonical name.
+        runs: gives ``(begin, end, example)`` for stretches of the batch's tokens, flattened, that belong to one example;
+            the batch is that of the forward pass which asks.
+
+    Raises:
+        ValueError: see `owners_of_linears`.
+    """
+
+    def __init__(
+        self, model: nn.Module, params: Mapping[str, torch.Tensor], runs: Callable[[int], list[tuple[int, int, int]]]
+    ) -> None:
+        self._layers = owners_of_linears(model, params)
+        self._runs = runs
+
+    @contextmanager
+    def measuring(self) -> Iterator[Callable[[Probe], None]]:
+        """Give out a function that decides at which probe the following forwards run."""
+        current = Probe()
+
+        def place(probe: Probe) -> None:
+            nonlocal current
+            current = probe
+
+        def displaced(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            name, x = self._layers[layer], args[0]
+            runs = self._runs(x.shape[:-1].numel())
+            flat, result = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
+            count = 1 + max(example for _, _, example in runs)
+            for radius, family in current.terms:
+                assert isinstance(family, ExampleDirections)
+                z = family.each(name, count).to(output.dtype)
+                for begin, end, example in runs:
+                    result[begin:end].addmm_(flat[begin:end], z[example].t(), alpha=radius)
+            return result.view(output.shape)
+
+        handles = [layer.register_forward_hook(displaced) for layer in self._layers]
+        try:
+            yield place
+        finally:
+            for handle in handles:
+                handle.remove()
