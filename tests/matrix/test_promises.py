@@ -243,7 +243,12 @@ def _spoil(trainer: Any, bad: float) -> list[str]:
 
     def spoiled(*args: Any, **kwargs: Any) -> torch.Tensor:
         loss = compute_loss(*args, **kwargs)
-        return loss * 0 + bad if trainer.state.global_step == 2 else loss
+        if trainer.state.global_step != 2:
+            return loss
+        if isinstance(loss, tuple):  # the losses of examples are made from the outputs
+            loss[1]["logits"].mul_(0).add_(bad)
+            return loss
+        return loss * 0 + bad
 
     trainer.compute_loss = spoiled
     clean: list[str] = []
