@@ -456,6 +456,8 @@ class ZOTrainerMixin(EngineRuns):
                 loss, outputs = self.compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=num_items)
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
             items = contributions(self.model, logits, inputs, num_items if scaled else None, self.args.zo_objective)
+            if scaled and self.args.average_tokens_across_devices:
+                items = items * self.accelerator.num_processes  # as the Trainer does with its loss
             if not self._examples_checked and self.args.zo_objective == "loss":
                 added, whole = float(items.sum()), float(loss)
                 if abs(added - whole) > 1e-2 * max(1.0, abs(whole)):
