@@ -50,7 +50,8 @@ def activation_adapter(
         model: the base model; it is frozen and may be quantised.
         batches: keyword arguments of forwards, 32 to 128 training sequences in all, on the model's device.
         rank: r; the paper's is not published, 8 is a choice of this package.
-        targets: ``"all-linear"``, or names of modules as in `peft.LoraConfig.target_modules`.
+        targets: ``"all-linear"``; ``"one-block"``: what one block at two thirds of the depth adds to the residual stream, by
+            its last linear layer; or names of modules as in `peft.LoraConfig.target_modules`.
         seed: key of the random sketch.
         exclude_first_token: leave out the first token of every sequence, on which many models park attention.
 
@@ -97,6 +98,8 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
     new_heads = ("classifier", "score") if _task_type(model) == "SEQ_CLS" else ()
     found: dict[str, nn.Module] = {}
     foreign: set[str] = set()
+    if targets == "one-block":
+        targets = [_written_by_block(model)]
     for name, module in model.named_modules():
         wanted = targets == "all-linear" or any(name == t or name.endswith(f".{t}") for t in _as_list(targets))
         if not wanted or module is head or name in new_heads:
@@ -113,6 +116,21 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
             f"model: {', '.join(sorted(foreign)) or 'none'}."
         )
     return found
+
+
+def _written_by_block(model: nn.Module) -> str:
+    """Name of the last linear layer in the block at two thirds of a model's depth.
+
+    Raises:
+        ValueError: if the model has no list of blocks, or these have no linear layer.
+    """
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1]
+    name, blocks = max(lists, key=lambda found: len(found[1]), default=("", nn.ModuleList()))
+    number = 2 * len(blocks) // 3
+    layers = [n for n, m in blocks[number].named_modules() if isinstance(m, nn.Linear | Conv1D)] if len(blocks) else []
+    if not layers:
+        raise ValueError("zo_act_targets='one-block' wants a model of blocks with linear layers; set 'all-linear' or names.")
+    return f"{name}.{number}.{layers[-1]}"
 
 
 def _as_list(targets: str | Sequence[str]) -> Sequence[str]:

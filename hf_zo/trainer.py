@@ -129,7 +129,7 @@ class ZOTrainerMixin(EngineRuns):
             return model
         targets = args.zo_act_targets
         self._calibrated = False
-        return attach(model, args.zo_act_rank, targets if targets == "all-linear" else targets.split(","))
+        return attach(model, args.zo_act_rank, targets if targets in ("all-linear", "one-block") else targets.split(","))
 
     def _calibrate(self) -> None:
         """Make ZO-Act's basis from training rows, the same on every process, and leave all random states alone."""

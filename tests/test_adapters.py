@@ -308,6 +308,10 @@ def test_chosen_targets() -> None:
     adapted = attach(tiny_llama(), 4, ["q_proj", "down_proj"])
     assert {name.rsplit(".", 1)[1] for name, _ in adapted_layers(adapted)} == {"q_proj", "down_proj"}
     assert len(list(adapted_layers(adapted))) == 4
+    ((name, _),) = adapted_layers(attach(tiny_llama(), 1, "one-block"))
+    assert name.endswith("layers.1.mlp.down_proj")  # of two blocks
+    with pytest.raises(ValueError, match="zo_act_targets='one-block' wants a model of blocks"):
+        attach(nn.Sequential(nn.Linear(4, 4)), 1, "one-block")
 
 
 def test_no_training_data(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from support import (
     Recorder,
     Sentences,
@@ -41,7 +41,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_zo import ZOTrainer, ZOTrainerMixin, ZOTrainingArguments
+from hf_zo import Trajectory, ZOTrainer, ZOTrainerMixin, ZOTrainingArguments, replay
+from hf_zo.adapters import freeze_basis
 from hf_zo.runtimes.vllm import Engine, EngineError
 from hf_zo.training_args import RECOMMENDED
 
@@ -446,6 +447,25 @@ def test_resuming_a_first_order_run_is_refused(tmp_path: Path) -> None:
 def test_resuming_from_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no complete checkpoint"):
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_the_recipe_trains_one_vector_and_replays(tmp_path: Path) -> None:
+    """zo_method="auto": a rank-1 adapter on one block, examples displaced singly, blocks below it computed once a step."""
+    trainer = trainer_of(tmp_path, "auto", learning_rate=1.0, max_steps=60, zo_eps=0.1, weight_decay=0.0)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert [tuple(p.shape) for p in trained] == [(16, 1)]
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.02
+    assert trainer._zo_optimizer.forward_passes == 120
+    trainer.save_model()
+    rebuilt = PeftModel.from_pretrained(model_of("full"), tmp_path, is_trainable=True)
+    freeze_basis(rebuilt)
+    for p in rebuilt.parameters():
+        if p.requires_grad:
+            p.data.zero_()
+    replay(rebuilt, Trajectory.read(tmp_path))
+    assert_same_weights(weights_of(trainer.model), weights_of(rebuilt))
 
 
 @pytest.mark.slow

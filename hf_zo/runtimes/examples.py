@@ -1,8 +1,9 @@
 """Every example of a batch displaced along a direction of its own, in one forward pass.
 
-A linear layer with weight W gives example e, for its tokens x, ``(W + a Z_e) x = W x + a Z_e x``. So nothing is written to W: a
-hook adds the second term to the layer's output, sequence by sequence. With the factors of an adapter it costs as much as the
-factors themselves; with whole weights it would double the forward pass, and hold a direction for each example in memory.
+A linear layer with weight W gives example e, for its tokens x, ``(W + a Z_e) x = W x + a Z_e x``; biases likewise. So nothing
+is written to W: a hook adds the second term to the layer's output, sequence by sequence. With the factors of an adapter it
+costs as much as the factors themselves; with whole weights it would double the forward pass, and hold a direction for each
+example in memory.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from torch import nn
 from ..directions import ExampleDirections, Probe
 
 
-def owners_of_linears(model: nn.Module, params: Mapping[str, torch.Tensor]) -> dict[nn.Module, str]:
-    """The linear layers that own the trainable weights, with the names of these.
+def owners_of_linears(model: nn.Module, params: Mapping[str, torch.Tensor]) -> dict[nn.Module, dict[str, str]]:
+    """The linear layers that own the trainable tensors, with the names of their ``weight`` and ``bias`` among these.
 
     Raises:
-        ValueError: if a trainable tensor is anything else than the weight of a `torch.nn.Linear`.
+        ValueError: if a trainable tensor belongs to anything else than a `torch.nn.Linear`.
     """
     names = {id(p): name for name, p in params.items()}
-    found: dict[nn.Module, str] = {
-        module: names[id(module.weight)]
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and id(module.weight) in names
-    }
-    others = sorted(set(params) - set(found.values()))
+    found: dict[nn.Module, dict[str, str]] = {}
+    for module in model.modules():
+        owned = {key: names[id(p)] for key, p in module._parameters.items() if id(p) in names}
+        if owned and isinstance(module, nn.Linear):
+            found[module] = owned
+    others = sorted(set(params) - {name for owned in found.values() for name in owned.values()})
     if others:
         raise ValueError(
-            f"zo_per_example=True displaces weights of linear layers only, such as those of LoRA and ZO-Act adapters; "
+            f"zo_per_example=True displaces linear layers only, such as those of LoRA and ZO-Act adapters; "
             f"{others[0]} and {len(others) - 1} other trainable tensors are none. Freeze them, or unset zo_per_example."
         )
     return found
@@ -67,15 +68,18 @@ class ExampleProbes:
             current = probe
 
         def displaced(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            name, x = self._layers[layer], args[0]
+            owned, x = self._layers[layer], args[0]
             runs = self._runs(x.shape[:-1].numel())
             flat, result = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
             count = 1 + max(example for _, _, example in runs)
             for radius, family in current.terms:
                 assert isinstance(family, ExampleDirections)
-                z = family.each(name, count).to(output.dtype)
+                z = {key: family.each(name, count).to(output.dtype) for key, name in owned.items()}
                 for begin, end, example in runs:
-                    result[begin:end].addmm_(flat[begin:end], z[example].t(), alpha=radius)
+                    if "weight" in z:
+                        result[begin:end].addmm_(flat[begin:end], z["weight"][example].t(), alpha=radius)
+                    if "bias" in z:
+                        result[begin:end].add_(z["bias"][example], alpha=radius)
             return result.view(output.shape)
 
         handles = [layer.register_forward_hook(displaced) for layer in self._layers]
