@@ -207,6 +207,7 @@ def test_command_line_lists_every_field_with_help(capsys):
 def test_estimator_kwargs(make):
     args = make(zo_eps=0.5, zo_num_directions=3, zo_clip=2.0, zo_direction="rademacher", zo_seed=9)
     expected = {"num_directions": 3, "seed": 9, "eps": 0.5, "clip": 2.0, "direction": "rademacher", "direction_rank": 16}
+    expected["per_example"] = False
     assert args.estimator_kwargs() == expected
 
 

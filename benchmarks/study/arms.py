@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hf_zo.training_args import RECOMMENDED
+from hf_zo.training_args import RECIPE, RECOMMENDED
 
 FORMS: dict[str, dict[str, Any]] = {
     "base": {"peft": "none"},
@@ -60,6 +60,11 @@ def _zo_act(label: str, source: str, rate: float = RECOMMENDED["zo_act"]["lora"]
     return Arm(label, "zo", {"base": rate}, source, {"zo_method": "zo_act", **settings})
 
 
+def _auto(label: str, **settings: Any) -> Arm:
+    recipe = {name: value for name, value in RECIPE.items() if name != "learning_rate"}
+    return Arm(label, "zo", {"base": RECIPE["learning_rate"]}, "this package's own for Adam", {**recipe, **settings})
+
+
 _MEZO = "published for OPT (MeZO's README: the larger of each grid)"
 _AS_MEZO = "not published: MeZO's"
 
@@ -77,6 +82,13 @@ ARMS: dict[str, Arm] = {
     "lozo": _zo("LoZO", "lozo", "full: the authors' 1e-6 times r; LoRA not published: MeZO's"),
     "lozo-m": _zo("LoZO-M", "lozo", "as LoZO; momentum of the authors' RoBERTa code", lozo_momentum=0.7),
     "kerzoo": _zo("KerZOO", "kerzoo", "not published: MeZO's over C, the same effective rate"),
+    "mezo-per-example": Arm(
+        "MeZO, directions of examples",
+        "zo",
+        {form: RECOMMENDED["mezo"]["lora"][0] for form in ("lora", "lora-all")},
+        _MEZO,
+        {"zo_per_example": True},
+    ),
     "mezo-n3": _zo("KerZOO without kernel (MeZO n=3)", "mezo", _MEZO, zo_num_directions=3),
     "richardson": _zo("Richardson", "kerzoo", _AS_MEZO, rates_of="mezo", kerzoo_order="richardson", zo_num_directions=1),
     "curvzo": _zo("CurvZO", "curvzo", _AS_MEZO),
@@ -87,5 +99,8 @@ ARMS: dict[str, Arm] = {
     "bszo-fixed-noise": _zo("BSZO, non-adaptive", "bszo", "as BSZO", bszo_adaptive=False),
     "zo-act": _zo_act("ZO-Act", "not published: this package's own for Adam"),
     "zo-act-random": _zo_act("ZO-Act, random basis", "as ZO-Act", zo_act_basis="random"),
+    "zo-act-per-example": _zo_act("ZO-Act, directions of examples", "as ZO-Act", zo_per_example=True),
+    "auto": _auto("recipe (auto)"),
+    "auto-shared": _auto("recipe, one direction for all examples", zo_per_example=False),
     "zo-act-sgd": _zo_act("ZO-Act, SGD", "not published: MeZO's for LoRA", rate=RECOMMENDED["mezo"]["lora"][0], optim="sgd"),
 }

@@ -99,6 +99,14 @@ CLAIMS = (
         "mezo",
         reason="the variance grows with the dimension of B, and the basis keeps most of the gradient",
     ),
+    Claim("The recipe is better than MeZO", "this package", "auto", "mezo"),
+    Claim(
+        "Directions of their own for examples help the recipe",
+        "this package",
+        "auto",
+        "auto-shared",
+        reason="sum of |gradient of an example|^2 before the dimension, in place of the square of their sum",
+    ),
     Claim("The basis from activations is what helps", "arXiv 2607.01125", "zo-act", "zo-act-random"),
     Claim("Adam in the subspace is what helps", "arXiv 2607.01125", "zo-act", "zo-act-sgd"),
     Claim(
