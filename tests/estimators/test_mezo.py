@@ -280,7 +280,7 @@ def test_register_knows_the_settings():
     assert METHODS["mezo"] is MeZO
     found = hyperparameters("mezo")
     common = {"seed": 0, "eps": 1e-3, "clip": None, "direction": "gaussian", "direction_rank": 16}
-    assert found == {"num_directions": 1, **common}
+    assert found == {"num_directions": 1, "per_example": False, **common}
 
 
 def test_unknown_method_lists_those_that_exist():
