@@ -38,17 +38,6 @@ RECOMMENDED: dict[str, dict[Trained, tuple[float, float]]] = {
     "zo_act": {"lora": (1e-3, 1e-2)},
 }
 
-# What zo_method="auto" stands for, where a field is left at its default. Few numbers are trained, where they count, and every
-# example of a batch measures along a direction of its own: variance grows with the dimension and falls with the directions.
-RECIPE: dict[str, Any] = {
-    "zo_method": "zo_act",
-    "zo_act_targets": "one-block",
-    "zo_act_rank": 1,
-    "zo_per_example": True,
-    "zo_direction": "rademacher",
-    "learning_rate": 2e-2,
-}
-
 # Layer-wise optimizers update inside the backward pass, which does not exist here.
 _NEEDS_BACKWARD = ("lomo", "adalomo", "layerwise")
 
@@ -64,8 +53,7 @@ class ZOTrainingArguments(TrainingArguments):
 
     Args:
         zo_method (`str`, defaults to `"mezo"`):
-            Gradient estimator, a key of `hf_zo.estimators.METHODS`; or `"auto"`, which stands for the settings in `RECIPE`, as
-            far as they are left at their defaults: ZO-Act on one block, with a direction for every example.
+            Gradient estimator, a key of `hf_zo.estimators.METHODS`.
         zo_eps (`float`, *optional*):
             Smoothing radius. Default: 1e-3 for full-parameter runs, 1e-2 for LoRA, 1e-1 for prefix and prompt tuning, the
             values of MeZO's published runs. Smaller is less biased and noisier; below 1e-4 it no longer resolves bf16
@@ -158,7 +146,7 @@ class ZOTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Off: a non-finite loss raises or is counted, see zo_nonfinite."}
     )
 
-    zo_method: str = field(default="mezo", metadata={"help": f"Gradient estimator: {', '.join(METHODS)}; or auto."})
+    zo_method: str = field(default="mezo", metadata={"help": f"Gradient estimator: {', '.join(METHODS)}."})
     zo_eps: float | None = field(default=None, metadata={"help": "Smoothing radius. Default: by what is trained."})
     zo_num_directions: int | None = field(default=None, metadata={"help": "Directions per step. Default: the method's."})
     zo_direction: Entries = field(default="gaussian", metadata={"help": "'gaussian', 'rademacher' or 'factorised'."})
@@ -213,10 +201,6 @@ class ZOTrainingArguments(TrainingArguments):
     zo_act_basis: str = field(default="activations", metadata={"help": "'activations', or 'random' as a control."})
 
     def __post_init__(self) -> None:
-        if self.zo_method == "auto":
-            for f in fields(self):
-                if f.name in RECIPE and getattr(self, f.name) in (f.default, "auto"):
-                    setattr(self, f.name, RECIPE[f.name])
         if self.optim is None:
             self.optim = "adamw_torch" if self.zo_method == "zo_act" else "sgd"
         self._check_domains()

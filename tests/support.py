@@ -64,7 +64,7 @@ SERVED = [(case, form) for case, form in COMBINATIONS if case != "mezo-per-examp
 
 
 def settings_of(case: str) -> dict[str, Any]:
-    return {"zo_method": case, "learning_rate": 1e-2, **CASES.get(case, {})}
+    return {"zo_method": case, "learning_rate": 1e-2, **CASES[case]}
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:

@@ -449,9 +449,10 @@ def test_resuming_from_nothing_is_refused(tmp_path: Path) -> None:
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
 
-def test_the_recipe_trains_one_vector_and_replays(tmp_path: Path) -> None:
-    """zo_method="auto": a rank-1 adapter on one block, examples displaced singly, blocks below it computed once a step."""
-    trainer = trainer_of(tmp_path, "auto", learning_rate=1.0, max_steps=60, zo_eps=0.1, weight_decay=0.0)
+def test_one_vector_trains_and_replays(tmp_path: Path) -> None:
+    """ZO-Act of rank 1 on one block, with examples displaced singly."""
+    one_vector = {"zo_act_targets": "one-block", "zo_act_rank": 1, "zo_per_example": True, "zo_direction": "rademacher"}
+    trainer = trainer_of(tmp_path, "zo_act", learning_rate=1.0, max_steps=60, zo_eps=0.1, weight_decay=0.0, **one_vector)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     assert [tuple(p.shape) for p in trained] == [(16, 1)]
     trainer.train()

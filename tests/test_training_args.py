@@ -10,7 +10,7 @@ from hf_zo import ZOTrainingArguments
 from hf_zo.estimators import METHODS
 from hf_zo.estimators.base import Estimator
 from hf_zo.estimators.mezo import MeZO
-from hf_zo.training_args import RECIPE, RECOMMENDED, recommended
+from hf_zo.training_args import RECOMMENDED, recommended
 
 
 @pytest.fixture
@@ -242,14 +242,3 @@ def test_arguments_survive_serialisation(make):
     assert found["zo_eps"] == 1e-2
     assert found["zo_seed"] == 42
     assert "zo_eps" in args.to_json_string()
-
-
-# ---- the recipe ----------------------------------------------------------------------------------------------------------
-
-
-def test_auto_stands_for_the_recipe(tmp_path):
-    args = ZOTrainingArguments(str(tmp_path), zo_method="auto")
-    assert {name: getattr(args, name) for name in RECIPE} == RECIPE
-    assert args.optim == "adamw_torch"
-    kept = ZOTrainingArguments(str(tmp_path), zo_method="auto", zo_act_rank=3, learning_rate=1e-4, zo_act_targets="q_proj")
-    assert (kept.zo_method, kept.zo_act_rank, kept.learning_rate, kept.zo_act_targets) == ("zo_act", 3, 1e-4, "q_proj")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hf_zo.training_args import RECIPE, RECOMMENDED
+from hf_zo.training_args import RECOMMENDED
 
 FORMS: dict[str, dict[str, Any]] = {
     "base": {"peft": "none"},
@@ -60,11 +60,6 @@ def _zo_act(label: str, source: str, rate: float = RECOMMENDED["zo_act"]["lora"]
     return Arm(label, "zo", {"base": rate}, source, {"zo_method": "zo_act", **settings})
 
 
-def _auto(label: str, **settings: Any) -> Arm:
-    recipe = {name: value for name, value in RECIPE.items() if name != "learning_rate"}
-    return Arm(label, "zo", {"base": RECIPE["learning_rate"]}, "this package's own for Adam", {**recipe, **settings})
-
-
 _MEZO = "published for OPT (MeZO's README: the larger of each grid)"
 _AS_MEZO = "not published: MeZO's"
 
@@ -100,7 +95,13 @@ ARMS: dict[str, Arm] = {
     "zo-act": _zo_act("ZO-Act", "not published: this package's own for Adam"),
     "zo-act-random": _zo_act("ZO-Act, random basis", "as ZO-Act", zo_act_basis="random"),
     "zo-act-per-example": _zo_act("ZO-Act, directions of examples", "as ZO-Act", zo_per_example=True),
-    "auto": _auto("recipe (auto)"),
-    "auto-shared": _auto("recipe, one direction for all examples", zo_per_example=False),
+    "zo-act-one-block": _zo_act(
+        "ZO-Act, one vector on one block, directions of examples",
+        "of a single run: 2e-2",
+        rate=2e-2,
+        zo_act_targets="one-block",
+        zo_act_rank=1,
+        zo_per_example=True,
+    ),
     "zo-act-sgd": _zo_act("ZO-Act, SGD", "not published: MeZO's for LoRA", rate=RECOMMENDED["mezo"]["lora"][0], optim="sgd"),
 }

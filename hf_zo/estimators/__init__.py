@@ -25,7 +25,7 @@ def hyperparameters(method: str) -> dict[str, Any]:
         ValueError: if the method does not exist; the message lists those that do.
     """
     if method not in METHODS:
-        raise ValueError(f"zo_method={method!r} does not exist; choose one of {', '.join(METHODS)}, auto.")
+        raise ValueError(f"zo_method={method!r} does not exist; choose one of {', '.join(METHODS)}.")
     found: dict[str, Any] = {}
     for cls in METHODS[method].__mro__:
         for name, parameter in inspect.signature(vars(cls).get("__init__", object.__init__)).parameters.items():

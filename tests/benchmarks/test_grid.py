@@ -78,7 +78,7 @@ def test_every_arm_spends_the_same_budget(study):
     grid, _ = study(arms=arms, forms=["base", "lora", "full"], budget=120, train_samples=32)
     per_step = {arm: 2 for arm in arms} | {"first-order": 3, "kerzoo": 6, "mezo-n3": 6, "richardson": 4}
     per_step |= {"bszo": 3, "bszo-fixed-noise": 3}
-    calibrated = ("zo-act", "zo-act-sgd", "zo-act-per-example", "auto", "auto-shared")
+    calibrated = ("zo-act", "zo-act-sgd", "zo-act-per-example", "zo-act-one-block")
     once = dict.fromkeys(calibrated, 3 * 8)  # three passes over 32 rows in batches of 4
     for task, form, arm in grid.groups():
         for phase, seed in (("tune", 0), ("final", 1)):
