@@ -26,6 +26,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import noise
+from .runtimes.prefix import blocks_of
 from .runtimes.torch import evaluation_mode
 
 logger = logging.getLogger(__name__)
@@ -124,13 +125,12 @@ def _written_by_block(model: nn.Module) -> str:
     Raises:
         ValueError: if the model has no list of blocks, or these have no linear layer.
     """
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1]
-    name, blocks = max(lists, key=lambda found: len(found[1]), default=("", nn.ModuleList()))
-    number = 2 * len(blocks) // 3
-    layers = [n for n, m in blocks[number].named_modules() if isinstance(m, nn.Linear | Conv1D)] if len(blocks) else []
+    blocks = list(blocks_of(model).items())
+    name, block = blocks[2 * len(blocks) // 3] if blocks else ("", nn.Module())
+    layers = [n for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     if not layers:
         raise ValueError("zo_act_targets='one-block' wants a model of blocks with linear layers; set 'all-linear' or names.")
-    return f"{name}.{number}.{layers[-1]}"
+    return f"{name}.{layers[-1]}"
 
 
 def _as_list(targets: str | Sequence[str]) -> Sequence[str]:

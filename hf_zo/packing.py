@@ -105,6 +105,7 @@ class Packing:
         self._grouped = None if enabled and in_rows else False  # by length; None until a batch has been tried
         self.real = self.computed = 0
         self.examples: torch.Tensor | None = None
+        self._runs: dict[int, list[tuple[int, int, int]]] = {}  # of the batch that is being read, by number of tokens
 
     def __call__(self, inputs: dict[str, Any], loss: Loss) -> dict[str, Any]:
         """The batch in its new form, or as it came.
@@ -156,7 +157,7 @@ class Packing:
     def reading(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Give out a batch as the model takes it; meanwhile the head runs at the wanted positions only."""
         inputs = dict(inputs)
-        self.examples = inputs.pop(EXAMPLES, None)
+        self.examples, self._runs = inputs.pop(EXAMPLES, None), {}
         if KEPT not in inputs:
             yield inputs
             return
@@ -181,6 +182,8 @@ class Packing:
         Raises:
             ValueError: if the layer does not see the tokens of the batch, or one of every row.
         """
+        if tokens in self._runs:
+            return self._runs[tokens]
         examples = self.examples
         if examples is None or tokens % len(examples) or (examples.ndim > 1 and tokens != examples.numel()):
             raise ValueError(
@@ -190,7 +193,8 @@ class Packing:
         numbers = examples.flatten() if examples.ndim > 1 else examples.repeat_interleave(tokens // len(examples))
         owned, lengths = torch.unique_consecutive(numbers, return_counts=True)
         ends = lengths.cumsum(0)
-        return list(zip((ends - lengths).tolist(), ends.tolist(), owned.tolist(), strict=True))
+        self._runs[tokens] = list(zip((ends - lengths).tolist(), ends.tolist(), owned.tolist(), strict=True))
+        return self._runs[tokens]
 
     # ---- the choice --------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,13 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a model by name, from front to back: its longest list of modules of one kind; empty if it has none."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1]
+    name, blocks = max(lists, key=lambda found: len(found[1]), default=("", ()))
+    return {f"{name}.{i}".lstrip("."): block for i, block in enumerate(blocks)}
+
+
 class SharedPrefix:
     """Shares the lower blocks of one model among the probes of a step.
 
@@ -35,8 +42,7 @@ class SharedPrefix:
         self._owners = [
             (module, [names[id(p)] for p in module._parameters.values() if id(p) in names]) for module in model.modules()
         ]
-        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1]
-        self._blocks = list(max(lists, key=len, default=[]))
+        self._blocks = list(blocks_of(model).values())
         self._before: dict[str, int] | None = None  # by tensor: how many blocks have finished when it is first read
         self._checked = False
 

@@ -48,13 +48,13 @@ def estimator_of(scores: torch.Tensor | None = SCORES, **keywords: Any) -> CurvZ
 def blocks() -> list[Estimate]:
     """Reweighted draws with an average that keeps nothing of the past, so that states are scores of single steps."""
     estimator = estimator_of(budget=1.5, ema=1.0)
-    return [estimator.estimate(t, linear) for t in range(10_000)]
+    return [estimator.estimate(t, linear) for t in range(30_000)]
 
 
 @cache
 def coordinates() -> list[Estimate]:
     estimator = estimator_of(COORDINATE_SCORES, granularity="coordinate", budget=3.0, ema=1.0)
-    return [estimator.estimate(t, linear) for t in range(6_000)]
+    return [estimator.estimate(t, linear) for t in range(12_000)]
 
 
 def gradients_of(estimates: list[Estimate]) -> torch.Tensor:
@@ -72,15 +72,13 @@ COORDINATE_P = allocate(COORDINATE_SCORES.sqrt(), 3.0)
 
 
 def test_reweighted_estimates_are_unbiased_with_the_stated_second_moment() -> None:
-    """E[g] = gradient; E|g|^2 = sum (d_b + 2) G_b / pi_b + sum_{b != b'} d_b pi_b' G_b' / pi_b."""
+    """E[g] = gradient; E|g|^2 = sum (d_b + 2) G_b / pi_b + sum_{b != b'} d_b pi_b' G_b' / pi_b, within 3 %."""
     g = gradients_of(blocks())
     assert_mean(g, flat(GRADIENT))
     spill = (SIZES / BLOCK_P)[:, None] * (BLOCK_P * ENERGY)[None, :]
     spill.fill_diagonal_(0)
     predicted = float(((SIZES + 2) * ENERGY / BLOCK_P).sum() + spill.sum())
-    squares = g.pow(2).sum(1)
-    assert float(squares.std()) / len(squares) ** 0.5 < 0.05 * predicted
-    assert_mean(squares, torch.tensor(predicted))
+    assert float(g.pow(2).sum(1).mean()) == pytest.approx(predicted, rel=0.03)
 
 
 def test_reweighted_coordinates() -> None:
@@ -116,6 +114,7 @@ def test_block_scores() -> None:
         measured.append(s**2 * squares)
     predicted = BLOCK_P * ((SIZES + 2 - SIZES * BLOCK_P) * ENERGY + SIZES * (BLOCK_P * ENERGY).sum())
     assert_mean(torch.stack(measured), predicted)
+    torch.testing.assert_close(torch.stack(measured).mean(0), predicted, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("granularity", ["block", "coordinate"])

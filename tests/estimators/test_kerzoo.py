@@ -74,15 +74,12 @@ G = torch.linspace(0.5, 1.5, D, dtype=torch.float64)
 
 
 def test_second_moment_of_the_default() -> None:
-    """E|g/C|^2 = (6.25 (d + 2) / n + (n - 1) / n) |gradient|^2 and the mean, within 4 and 5 standard errors."""
+    """E|g/C|^2 = (6.25 (d + 2) / n + (n - 1) / n) |gradient|^2 within 3 %, and the mean within 5 standard errors."""
     estimator = KerZOO(space_of({"w": G}), eps=1e-3)
-    gradients = drawn(estimator, lambda w: (G * w).sum(), 6_000) / 4.0
+    gradients = drawn(estimator, lambda w: (G * w).sum(), 25_000) / 4.0
     assert ((gradients.mean(0) - G).abs() < 5 * gradients.std(0) / len(gradients) ** 0.5).all()
-    squares = gradients.pow(2).sum(1) / G.pow(2).sum()
-    error = float(squares.std()) / len(squares) ** 0.5
-    predicted = 6.25 * (D + 2) / 3 + 2 / 3
-    assert error < 0.04 * predicted
-    assert abs(float(squares.mean()) - predicted) < 4 * error
+    measured = float(gradients.pow(2).sum(1).mean() / G.pow(2).sum())
+    assert measured == pytest.approx(6.25 * (D + 2) / 3 + 2 / 3, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +96,7 @@ def test_third_order_bias_on_a_cubic(settings: dict, biased: bool) -> None:
     K1 keeps E[r^3 K1] / E[r K1] = 3/5 of it.
     """
     estimator = KerZOO(space_of({"w": G}), eps=1.0, **settings)
-    gradients = drawn(estimator, lambda w: (G * w).sum() + (w**3).sum() / 6, 5_000) / estimator_scale(estimator)
+    gradients = drawn(estimator, lambda w: (G * w).sum() + (w**3).sum() / 6, 12_000) / estimator_scale(estimator)
     bias = gradients.mean(0) - G
     error = gradients.std(0) / len(gradients) ** 0.5
     expected = 0.6 * 0.5 if biased else 0.0
@@ -128,7 +125,7 @@ def test_without_rescaling_the_effective_rate_drifts() -> None:
         estimator.half_life = 1e-9  # at the final range from the first step on
         responses = [
             np.mean(estimator.estimate(t, lambda probes: [p.terms[0][0] for p in probes]).projected_gradients)
-            for t in range(1, 6_001)
+            for t in range(1, 20_001)
         ]
         error = np.std(responses) / len(responses) ** 0.5
         assert np.mean(responses) / 4.0 == pytest.approx(expected, abs=5 * error / 4.0)

@@ -42,25 +42,23 @@ def gradient() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_unbiased_and_second_moment(rank: int, gradient: dict[str, torch.Tensor]) -> None:
-    """E[s U V^T / r] = G within 5 standard errors; E|.|^2 = |G|^2 (mn + 2 + 2 (m + n + 1) / r) within 4 of its own.
+    """E[s U V^T / r] = G within 5 standard errors; E|.|^2 = |G|^2 (mn + 2 + 2 (m + n + 1) / r) within 3 %.
 
-    The fourth moment is large: the second is known to a standard error of a few per cent.
+    The fourth moment is large: 40,000 draws give a standard error of about 1 % on the second.
     """
     estimator = LoZO(space_of(gradient), rank=rank, interval=1, eps=1e-3)
-    drawn = samples(estimator, gradient, range(10_000))
+    drawn = samples(estimator, gradient, range(40_000))
     error = drawn.std(0) / len(drawn) ** 0.5
     assert ((drawn.mean(0) - gradient["w"]).abs() < 5 * error).all()
     predicted = M * N + 2 + 2 * (M + N + 1) / rank
-    squares = drawn.pow(2).sum((1, 2)) / gradient["w"].pow(2).sum()
-    error = float(squares.std()) / len(squares) ** 0.5
-    assert error < 0.05 * predicted
-    assert abs(float(squares.mean()) - predicted) < 4 * error
+    measured = float(drawn.pow(2).sum((1, 2)).mean() / gradient["w"].pow(2).sum())
+    assert measured == pytest.approx(predicted, rel=0.03)
 
 
 def test_conditional_mean_within_an_interval(gradient: dict[str, torch.Tensor]) -> None:
     """E[g | V] = G V V^T / r."""
-    estimator = LoZO(space_of(gradient), rank=2, interval=6_000, eps=1e-3)
-    drawn = samples(estimator, gradient, range(6_000))
+    estimator = LoZO(space_of(gradient), rank=2, interval=20_000, eps=1e-3)
+    drawn = samples(estimator, gradient, range(20_000))
     v = estimator.direction(0).right("w").double()
     expected = gradient["w"] @ v @ v.T / 2
     assert ((drawn.mean(0) - expected).abs() < 5 * drawn.std(0) / len(drawn) ** 0.5).all()
