@@ -49,6 +49,14 @@ def server(folder: Path) -> Iterator[str]:
     process.kill()
 
 
+@pytest.fixture(scope="module")
+def mortal(folder: Path) -> Iterator[list[ServerProcess]]:
+    """A server that tests kill and start again: the last of the list is alive."""
+    processes = [ServerProcess(folder, 0, "--runtime", "torch")]
+    yield processes
+    processes[-1].kill()
+
+
 def served(output_dir: Path, case: str, form: str, url: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     return trainer_of(output_dir, case, form, dtype, zo_runtime="vllm", zo_server=url, **more)
 
@@ -119,12 +127,14 @@ def test_steps_without_a_finite_loss_are_skipped_on_both_sides(server: str, tmp_
     ("case", "form", "weights"),
     [("lozo-momentum", "full", True), ("mezo-adamw", "lora", False), ("zo_act", "full", True)],  # False: trajectory only
 )
-def test_the_server_dies_and_comes_back(case: str, form: str, weights: bool, folder: Path, tmp_path: Path) -> None:
+def test_the_server_dies_and_comes_back(
+    case: str, form: str, weights: bool, folder: Path, mortal: list[ServerProcess], tmp_path: Path
+) -> None:
     """A clear error; started again on its port, the resumed run ends bitwise where the uninterrupted one ends."""
     options: dict[str, Any] = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "zo_save_weights": weights}
-    whole = trainer_of(tmp_path / "whole", case, form, **options)
+    whole = trainer_of(tmp_path / "whole", case, form, base=folder, **options)
     whole.train()
-    process = ServerProcess(folder, 0, "--runtime", "torch")
+    process = mortal[-1]
     port = process.url.rpartition(":")[2]
     trainer = served(tmp_path / "run", case, form, process.url, **options)
 
@@ -136,14 +146,11 @@ def test_the_server_dies_and_comes_back(case: str, form: str, weights: bool, fol
     with pytest.raises(EngineError, match=rf"zo_server='http://127.0.0.1:{port}' does not answer.*resume_from_checkpoint"):
         trainer.train()
     process.kill()
-    process = ServerProcess(folder, int(port), "--runtime", "torch")
-    try:
-        resumed = served(tmp_path / "run", case, form, process.url, **options)
-        resumed.train(resume_from_checkpoint=True)
-        assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
-        assert resumed.state.global_step == 7
-    finally:
-        process.kill()
+    mortal.append(ServerProcess(folder, int(port), "--runtime", "torch"))
+    resumed = served(tmp_path / "run", case, form, process.url, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+    assert resumed.state.global_step == 7
 
 
 def test_an_adapter_of_the_servers(folder: Path, tmp_path: Path) -> None:

@@ -45,17 +45,51 @@ def estimator_of(scores: torch.Tensor | None = SCORES, **keywords: Any) -> CurvZ
     return estimator
 
 
+class Drawn:
+    """Selections and dense directions of many steps, as `CurvZO` draws them, and what follows from them on the linear loss.
+
+    Much faster than as many estimates; the first of those are made and compared. ``s``: responses, [steps]; ``on``, ``v``:
+    what is selected and the masked direction by parameter, [steps, parameters]; ``energy``: |v|^2 by block or coordinate.
+    """
+
+    def __init__(self, estimator: CurvZO, steps: int) -> None:
+        self.probabilities = estimator.probabilities()
+        self.by_parameter = (
+            (lambda x: torch.repeat_interleave(x, SIZES.long(), -1)) if len(self.probabilities) == 3 else lambda x: x
+        )
+        selected = torch.stack([estimator._draw(t) for t in range(steps)]) < self.probabilities
+        z = torch.stack([flat({n: estimator.dense_direction(t, 0).sample(n) for n in GRADIENT}) for t in range(steps)]).double()
+        self.selected, self.on = selected, self.by_parameter(selected)
+        self.v = z * self.on
+        self.s = self.v @ flat(GRADIENT)
+        self.energy = self.v**2
+        if len(self.probabilities) == 3:  # rounded to 16 binary places, as `noise.energy` does
+            squares = (self.v * 2.0**16).round().square() * 2.0**-32
+            self.energy = torch.stack([e.sum(1) for e in squares.split(SIZES.long().tolist(), 1)], 1)
+        self.estimates = [estimator.estimate(t, linear) for t in range(200)]
+        torch.testing.assert_close(gradients_of(self.estimates).float(), self.gradients()[:200].float())
+
+    def gradients(self) -> torch.Tensor:
+        """Reweighted estimates."""
+        return self.s[:, None] * self.v / self.by_parameter(self.probabilities)
+
+    def check_scores(self, scores: torch.Tensor) -> None:
+        """``scores`` over s^2 are those of the estimates that select something; an average must keep nothing of the past."""
+        measured = torch.stack([e.state["scores"].double() / e.projected_gradients[0] ** 2 for e in self.estimates if e.terms])
+        some = self.selected[:200].any(1)
+        assert some.tolist() == [bool(e.terms) for e in self.estimates]
+        torch.testing.assert_close(measured, scores[:200][some] / self.s[:200][some][:, None] ** 2, rtol=1e-3, atol=1e-6)
+
+
 @cache
-def blocks() -> list[Estimate]:
+def blocks() -> Drawn:
     """Reweighted draws with an average that keeps nothing of the past, so that states are scores of single steps."""
-    estimator = estimator_of(budget=1.5, ema=1.0)
-    return [estimator.estimate(t, linear) for t in range(30_000)]
+    return Drawn(estimator_of(budget=1.5, ema=1.0), 30_000)
 
 
 @cache
-def coordinates() -> list[Estimate]:
-    estimator = estimator_of(COORDINATE_SCORES, granularity="coordinate", budget=3.0, ema=1.0)
-    return [estimator.estimate(t, linear) for t in range(12_000)]
+def coordinates() -> Drawn:
+    return Drawn(estimator_of(COORDINATE_SCORES, granularity="coordinate", budget=3.0, ema=1.0), 12_000)
 
 
 def gradients_of(estimates: list[Estimate]) -> torch.Tensor:
@@ -74,7 +108,7 @@ COORDINATE_P = allocate(COORDINATE_SCORES.sqrt(), 3.0)
 
 def test_reweighted_estimates_are_unbiased_with_the_stated_second_moment() -> None:
     """E[g] = gradient; E|g|^2 = sum (d_b + 2) G_b / pi_b + sum_{b != b'} d_b pi_b' G_b' / pi_b, within 3 %."""
-    g = gradients_of(blocks())
+    g = blocks().gradients()
     assert_mean(g, flat(GRADIENT))
     spill = (SIZES / BLOCK_P)[:, None] * (BLOCK_P * ENERGY)[None, :]
     spill.fill_diagonal_(0)
@@ -84,7 +118,7 @@ def test_reweighted_estimates_are_unbiased_with_the_stated_second_moment() -> No
 
 def test_reweighted_coordinates() -> None:
     """Coordinate form: E[g] = gradient and E[g_i^2] = ((3 - pi_i) g_i^2 + sum_j pi_j g_j^2) / pi_i, within 5 errors."""
-    g, gradient = gradients_of(coordinates()), flat(GRADIENT)
+    g, gradient = coordinates().gradients(), flat(GRADIENT)
     assert_mean(g, gradient)
     shared = (COORDINATE_P * gradient**2).sum()
     assert_mean(g**2, ((3 - COORDINATE_P) * gradient**2 + shared) / COORDINATE_P)
@@ -96,28 +130,19 @@ def test_other_weights(reweight: str, power: float) -> None:
     estimator = estimator_of(budget=1.5, reweight=reweight)
     kept = BLOCK_P**power
     assert estimator.estimate(0, linear).scale == pytest.approx(float((kept * SIZES).sum() / SIZES.sum()))
-    for t, reweighted in enumerate(blocks()[:100]):
+    for t, reweighted in enumerate(blocks().estimates[:100]):
         expected = gradients_of([reweighted]) * torch.repeat_interleave(kept, SIZES.long())
         torch.testing.assert_close(gradients_of([estimator.estimate(t, linear)]).float(), expected.float())
 
 
 def test_block_scores() -> None:
     """c_b |v|^2 / s^2 is the energy of the block, and E[s^2 |v_b|^2] = pi_b ((d_b + 2 - d_b pi_b) G_b + d_b sum pi G)."""
-    measured, shares, expected = [], [], []
-    for e in blocks():
-        s, squares = e.projected_gradients[0], torch.zeros(3, dtype=torch.float64)
-        if e.terms:
-            ((_, direction),) = e.terms
-            chosen = [n if direction.weights[n] else None for n in GRADIENT]
-            norms = [0.0 if n is None else float(direction.sample(n).double().norm()) / direction.weights[n] for n in chosen]
-            squares = torch.tensor(norms, dtype=torch.float64) ** 2
-            shares.append(e.state["scores"] / s**2)
-            expected.append(squares / squares.sum())
-        measured.append(s**2 * squares)
-    torch.testing.assert_close(torch.stack(shares), torch.stack(expected), rtol=1e-3, atol=1e-6)
+    drawn = blocks()
+    drawn.check_scores(drawn.s[:, None] ** 2 * drawn.energy / drawn.energy.sum(1, keepdim=True))
+    measured = drawn.s[:, None] ** 2 * drawn.energy
     predicted = BLOCK_P * ((SIZES + 2 - SIZES * BLOCK_P) * ENERGY + SIZES * (BLOCK_P * ENERGY).sum())
-    assert_mean(torch.stack(measured), predicted)
-    torch.testing.assert_close(torch.stack(measured).mean(0), predicted, rtol=0.05, atol=0)
+    assert_mean(measured, predicted)
+    torch.testing.assert_close(measured.mean(0), predicted, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("granularity", ["block", "coordinate"])
@@ -126,29 +151,23 @@ def test_debiased_scores_estimate_the_squared_gradient(granularity: str) -> None
     scores, budget = (SCORES, 1.5) if granularity == "block" else (COORDINATE_SCORES, 3.0)
     expected = ENERGY if granularity == "block" else flat(GRADIENT) ** 2
     estimator = estimator_of(scores, budget=budget, granularity=granularity, debias=True, ema=1.0)
-    estimates = [estimator.estimate(t, linear) for t in range(8000)]
+    drawn, sizes = Drawn(estimator, 8000), SIZES if granularity == "block" else torch.ones(7, dtype=torch.float64)
+    p = drawn.probabilities
+    scores = drawn.s[:, None] ** 2 * (drawn.energy - p * sizes) / (p * (sizes + 2 - sizes * p))
+    drawn.check_scores(scores)
     # A draw that selects nothing has s = 0 and with it a score of 0.
-    assert_mean(torch.stack([e.state["scores"].double() * bool(e.terms) for e in estimates]), expected)
+    assert_mean(scores, expected)
 
 
 def test_coordinate_scores() -> None:
     """E[s^2 v_i^2] = pi_i ((3 - pi_i) g_i^2 + sum_j pi_j g_j^2), equation 6."""
-    raw, shares, expected = [], [], []
-    for e in coordinates():
-        squares = torch.zeros(7, dtype=torch.float64)
-        if e.terms:
-            ((_, direction),) = e.terms
-            on = flat(direction.weights) > 0
-            z = flat({n: direction.dense.sample(n) for n in GRADIENT}).double()
-            squares = z**2 * on
-            s = e.projected_gradients[0]
-            shares.append(e.state["scores"].double() / s**2)
-            expected.append(squares / squares.sum())
-            squares = squares * s**2
-        raw.append(squares)
-    torch.testing.assert_close(torch.stack(shares), torch.stack(expected), rtol=1e-3, atol=1e-6)
+    drawn = coordinates()
+    drawn.check_scores(drawn.s[:, None] ** 2 * drawn.energy / drawn.energy.sum(1, keepdim=True))
     gradient = flat(GRADIENT)
-    assert_mean(torch.stack(raw), COORDINATE_P * ((3 - COORDINATE_P) * gradient**2 + (COORDINATE_P * gradient**2).sum()))
+    assert_mean(
+        drawn.s[:, None] ** 2 * drawn.energy,
+        COORDINATE_P * ((3 - COORDINATE_P) * gradient**2 + (COORDINATE_P * gradient**2).sum()),
+    )
 
 
 @pytest.mark.parametrize("granularity", ["block", "coordinate"])

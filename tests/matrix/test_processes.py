@@ -122,11 +122,11 @@ def forking() -> Iterator[Any]:
 @every_combination
 def test_sigkill_at_a_random_moment_and_resume(case: str, form: str, forking: Any, tmp_path: Path) -> None:
     """Promise 5: killed without warning and resumed, the run ends bitwise where the uninterrupted one ends."""
-    options: dict[str, Any] = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1}
+    options: dict[str, Any] = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1}
     whole = trainer_of(tmp_path / "whole", case, form, torch.bfloat16, **options)
     whole.train()
     chance = random.Random(f"{case} {form}")
-    deadly_step, delay = chance.randint(1, 10), chance.uniform(0, 0.05)
+    deadly_step, delay = chance.randint(1, 6), chance.uniform(0, 0.05)
     job = _job(case, form, tmp_path / "killed", dtype="bfloat16", **options)
     print(json.dumps(job), file=forking.stdin, flush=True)
     pid = 0
