@@ -474,7 +474,15 @@ def _rows_of_examples(labels: OptionLabels, groups: list[list[int]]) -> list[lis
 
 
 def numbered(inputs: dict[str, Any], first: int) -> dict[str, Any]:
-    """A batch with numbers for its examples, from ``first`` on."""
+    """A batch with numbers for its examples, from ``first`` on.
+
+    Raises:
+        ValueError: if the batch has no ``input_ids``.
+    """
+    if "input_ids" not in inputs:
+        raise ValueError(
+            f"zo_per_example=True numbers the rows of input_ids, which are not in the batch ({', '.join(inputs)}); unset it."
+        )
     ids, labels = inputs["input_ids"], inputs.get("labels")
     numbers = torch.arange(first, first + len(ids), device=ids.device)
     if isinstance(labels, OptionLabels):

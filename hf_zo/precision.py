@@ -29,10 +29,11 @@ _LOSSES: set[Callable[..., Any]] = {
 
 @dataclass
 class LossesSeen:
-    """What a model's losses were taken from so far."""
+    """What a model's losses were taken from so far, and whether it has 16-bit weights; None: not looked at yet."""
 
     wide: int = 0
     narrow: int = 0
+    narrow_weights: bool | None = None
 
 
 class _Fp32Losses(TorchFunctionMode):
@@ -62,7 +63,9 @@ def fp32_losses(model: nn.Module, seen: LossesSeen | None = None) -> Iterator[No
     has taken losses from fp32 alone is not watched any more.
     """
     seen = LossesSeen() if seen is None else seen
-    if (seen.wide and not seen.narrow) or not any(map(_is_narrow, model.parameters())):
+    if seen.narrow_weights is None:
+        seen.narrow_weights = any(map(_is_narrow, model.parameters()))
+    if (seen.wide and not seen.narrow) or not seen.narrow_weights:
         yield
         return
     with _Fp32Losses(seen):

@@ -108,6 +108,7 @@ class ZOTrainerMixin(EngineRuns):
             self._check_served()
             self._server = Server(args.zo_server, self.model)
         self._packing, self._losses_seen = self._packing_of(self.model), LossesSeen()
+        self._operations_of_number: int | None = None
         self._divides_by_items: bool | None = None
         self._examples_checked = False
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
@@ -257,7 +258,7 @@ class ZOTrainerMixin(EngineRuns):
                 self._calibrate()
         if self._packing.model is not model:
             self._engine = self._engine_of(model)
-            self._packing, self._losses_seen = self._packing_of(model), LossesSeen()
+            self._packing, self._losses_seen, self._operations_of_number = self._packing_of(model), LossesSeen(), None
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Resuming has loaded the weights by now, and PEFT loads a 16-bit adapter as fp32: the values are the same, but the
         # run would go on with other roundings.
@@ -298,6 +299,7 @@ class ZOTrainerMixin(EngineRuns):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ZOTrainerCallback):
                 callback.trainer = self
+        self._losses_seen, self._operations_of_number = LossesSeen(), None  # the model may have been cast since
         return super().train(*args, **kwargs)
 
     # ---- the step --------------------------------------------------------------------------------------------------
@@ -575,8 +577,15 @@ class ZOTrainerMixin(EngineRuns):
         return self._metrics_of_step.get("grad_norm")
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Two operations per token, parameter and forward pass; the Trainer counts six for forward and backward."""
-        return super().floating_point_ops(inputs) * self._zo_optimizer.estimator.forwards // 3
+        """Two operations per token, parameter and forward pass; the Trainer counts six for forward and backward.
+
+        It also counts the parameters anew at every step, which takes as long as the rest of its loop.
+        """
+        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        count = 1 if tokens is None else tokens.numel()
+        if self._operations_of_number is None:
+            self._operations_of_number = super().floating_point_ops(inputs) // max(count, 1)
+        return self._operations_of_number * count * self._zo_optimizer.estimator.forwards // 3
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the step's own numbers to the training logs."""

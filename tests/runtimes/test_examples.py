@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_zo import ZOTrainer, ZOTrainingArguments
 from hf_zo.directions import ExampleDirections, displace, space_of
 from hf_zo.estimators.mezo import MeZO
+from hf_zo.packing import numbered
 
 D, EXAMPLES = 10, 6
 GRADIENTS = torch.randn(EXAMPLES, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
@@ -158,3 +159,8 @@ def _doubled(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None)
 
 def test_the_matrix_has_adapters_in_every_form() -> None:
     assert any("lora_A" in name for name, p in model_of("lora").named_parameters() if p.requires_grad)
+
+
+def test_rows_that_are_not_there() -> None:
+    with pytest.raises(ValueError, match=r"zo_per_example=True numbers the rows of input_ids.*inputs_embeds, labels.*unset it"):
+        numbered({"inputs_embeds": torch.zeros(2, 3, 4), "labels": torch.zeros(2, 3)}, 0)
