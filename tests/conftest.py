@@ -18,5 +18,12 @@ def frozen_imports():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Numba's OpenMP layer gives its number of threads to torch too, and sums of two threads have other bits than one's."""
+    yield
+    torch.set_num_threads(1)
+
+
 def pytest_unconfigure():
     gc.unfreeze()  # so that the interpreter can clear away what extensions hold

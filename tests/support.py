@@ -85,9 +85,8 @@ def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCau
     return LlamaForCausalLM(config).to(dtype)
 
 
-def model_of(form: str, dtype: torch.dtype = torch.float32, base: Path | None = None) -> nn.Module:
-    """Full or with LoRA; with ``base`` its weights lie where that folder's file has them, as those of a server do."""
-    model = LlamaForCausalLM.from_pretrained(base, dtype=dtype) if base else tiny_llama(dtype)
+def model_of(form: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = tiny_llama(dtype)
     if form == "full":
         return model
     torch.manual_seed(1)
@@ -163,11 +162,10 @@ def trainer_of(
     *,
     trainer_class: type = ZOTrainer,
     trainer_kwargs: dict[str, Any] | None = None,
-    base: Path | None = None,
     **more: Any,
 ) -> Any:
     return trainer_class(
-        model_of(form, dtype, base),
+        model_of(form, dtype),
         arguments_of(output_dir, case, **more),
         train_dataset=Sentences(),
         data_collator=collate,

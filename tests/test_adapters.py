@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,7 @@ def test_a_random_basis_is_orthonormal_keyed_and_looks_at_nothing(tmp_path: Path
 
 def test_model_init(tmp_path: Path) -> None:
     args = trainer_of(tmp_path, "zo_act").args
-    trainer = ZOTrainer(args=args, model_init=lambda: model_of("full"), train_dataset=Sentences(), data_collator=collate)
+    trainer = ZOTrainer(args=args, model_init=partial(model_of, "full"), train_dataset=Sentences(), data_collator=collate)
     trainer.train()
     assert all("lora_B" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
 

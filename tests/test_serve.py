@@ -62,14 +62,10 @@ def served(output_dir: Path, case: str, form: str, url: str, dtype: torch.dtype 
 
 
 @pytest.mark.parametrize(("case", "form"), SERVED)
-def test_equals_the_run_in_one_process(case: str, form: str, server: str, folder: Path, tmp_path: Path) -> None:
-    """Bitwise, in losses and weights; saving compares the hashes of both sides.
-
-    Both have the base weights from the file, mapped into memory at the same offsets: on some processors the last bit of a
-    product depends on where its factors begin.
-    """
+def test_equals_the_run_in_one_process(case: str, form: str, server: str, tmp_path: Path) -> None:
+    """Bitwise, in losses and weights; saving compares the hashes of both sides."""
     options: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_steps": 5, "save_strategy": "steps", "save_steps": 2}
-    alone = trainer_of(tmp_path / "alone", case, form, base=folder, warmup_steps=2, **options)
+    alone = trainer_of(tmp_path / "alone", case, form, warmup_steps=2, **options)
     alone.train()
     trainer = served(tmp_path / "served", case, form, server, warmup_steps=2, **options)
     forwards = []
@@ -132,7 +128,7 @@ def test_the_server_dies_and_comes_back(
 ) -> None:
     """A clear error; started again on its port, the resumed run ends bitwise where the uninterrupted one ends."""
     options: dict[str, Any] = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2, "zo_save_weights": weights}
-    whole = trainer_of(tmp_path / "whole", case, form, base=folder, **options)
+    whole = trainer_of(tmp_path / "whole", case, form, **options)
     whole.train()
     process = mortal[-1]
     port = process.url.rpartition(":")[2]
@@ -161,7 +157,7 @@ def test_an_adapter_of_the_servers(folder: Path, tmp_path: Path) -> None:
     try:
         trainer = served(tmp_path / "run", "mezo", "lora", process.url)
         trainer.train()
-        alone = trainer_of(tmp_path / "alone", "mezo", "lora", base=folder)
+        alone = trainer_of(tmp_path / "alone", "mezo", "lora")
         alone.train()
         assert_same_weights(weights_of(alone.model), weights_of(trainer.model))
     finally:

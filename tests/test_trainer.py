@@ -472,17 +472,17 @@ def test_one_vector_trains_and_replays(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["mezo", "bszo", "zo_act"])
 def test_no_allocation_grows_over_steps(case: str, tmp_path: Path) -> None:
-    """Between step 50 and step 500 no tensor is added, and in the last 20 memory only for the log: a few numbers a step."""
+    """Between step 50 and step 500 no tensor is added, and in the last 50 memory only for the log: a few numbers a step."""
     tensors: dict[int, int] = {}
     memory: dict[int, int] = {}
 
     def count(hook: str, step: int, kwargs: Any) -> None:
-        if hook != "on_step_end" or step not in (50, 474, 480, 500):
+        if hook != "on_step_end" or step not in (50, 440, 450, 500):
             return
         gc.collect()
         tensors[step] = sum(type(x) is torch.Tensor for x in gc.get_objects())
-        if step == 474:
-            tracemalloc.start()  # slows every step down; after an epoch what a step leaves for the next has been seen
+        if step == 440:
+            tracemalloc.start()  # slows every step down; by 450 what a step leaves for the next has been seen
         memory[step] = tracemalloc.get_traced_memory()[0]
 
     trainer = trainer_of(tmp_path, case, max_steps=501, logging_steps=10_000)
@@ -492,8 +492,8 @@ def test_no_allocation_grows_over_steps(case: str, tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert tensors[500] <= tensors[50]
-    assert memory[480] > 0
-    assert memory[500] - memory[480] < 20 * 1024
+    assert memory[450] > 0
+    assert memory[500] - memory[450] < 50 * 1024
 
 
 @pytest.mark.slow
