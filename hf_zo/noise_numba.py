@@ -9,6 +9,7 @@ agreement with the torch implementation relies on.
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import float32, int32, int64, prange, types, uint32, uint64
 from numba.extending import intrinsic
@@ -168,8 +169,17 @@ def run(out, theta, starts, keys, factors, gaussian, decay, stochastic, rounding
     if theta.size < _SERIAL_BELOW or threads == 1:
         _run_blocks(out, theta, starts, size, 0, blocks, keys, factors, gaussian, decay, stochastic, rounding_key)
     else:
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        _run_parallel(out, theta, starts, size, blocks, keys, factors, gaussian, decay, stochastic, rounding_key)
+        rest = (keys, factors, gaussian, decay, stochastic, rounding_key)
+        _with_threads(threads, _run_parallel, out, theta, starts, size, blocks, *rest)
+
+
+def _with_threads(threads, function, *arguments):
+    """Run in parallel. Numba's OpenMP layer, when it starts, sets its own number of threads for torch too: give it back."""
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    result = function(*arguments)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    return result
 
 
 @numba.njit(nogil=True, cache=True)
@@ -228,8 +238,7 @@ def run_low_rank(out, theta, numbers, terms, decay, stochastic, rounding_key, th
     if theta.size < _SERIAL_BELOW or threads == 1:
         _run_rows(*arguments, 0, len(numbers), *rest)
     else:
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        _run_rows_parallel(*arguments, *rest)
+        _with_threads(threads, _run_rows_parallel, *arguments, *rest)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -261,5 +270,4 @@ def energy(key, n, threads):
     """Squares of the first ``n`` numbers of a Gaussian stream, rounded to 16 binary places, summed in units of 2^-32."""
     if n < _SERIAL_BELOW or threads == 1:
         return _sum_blocks(n, 0, (n + _BLOCK - 1) // _BLOCK, key)
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    return _sum_parallel(n, key)
+    return _with_threads(threads, _sum_parallel, n, key)

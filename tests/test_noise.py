@@ -6,6 +6,9 @@ decision, never an accident.
 
 import hashlib
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -149,6 +152,17 @@ def test_numba_equals_torch_in_parallel(dtype, kind, monkeypatch):
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert same_bits(by_numba(theta, [KEY, 5], [0.3, -0.1], kind, 0.99, 77), expected)
+
+
+def test_torch_keeps_its_threads():
+    """In a process of its own: Numba's threads start once."""
+    program = (
+        "import torch; from hf_zo import noise; torch.set_num_threads(2);"
+        f"noise.sample({KEY}, (200_001,)); noise.energy({KEY}, 200_001); print(torch.get_num_threads())"
+    )
+    environ = {**os.environ, "NUMBA_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2"]
 
 
 def test_the_fast_implementation_is_the_one_in_use(monkeypatch):
