@@ -1,4 +1,4 @@
-"""What keeps forward passes behind gradients? Variance, dimension, bias, loss noise and capacity, measured with gradients.
+"""What keeps forward passes behind gradients? Variance, dimension, bias and capacity, measured with gradients.
 
     hf-zo demo-model runs/smollm2
     python benchmarks/gap.py --dataset_dir DATA [--steps 100]
@@ -16,6 +16,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from study.cell import trainer_of
 from study.grid import Cell
 from study.progress import Folders, rows_of
 from study.reading import read_grid
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import set_seed
 
 from hf_zo.tasks import TASKS
@@ -63,24 +65,17 @@ class Space:
 
     def gradient(self, rows: list[int]) -> torch.Tensor:
         """Its gradient, flat."""
-        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(self.loss(rows), self.params)])
-
-    @torch.no_grad()
-    def move(self, by: torch.Tensor, factor: float) -> None:
-        """Walk ``factor`` times along a flat direction."""
-        for p, z in zip(self.params, by.split([p.numel() for p in self.params]), strict=True):
-            p.add_(z.view_as(p), alpha=factor)
+        return parameters_to_vector(torch.autograd.grad(self.loss(rows), self.params))
 
     @torch.no_grad()
     def along(self, direction: torch.Tensor, radius: float, rows: list[int]) -> tuple[float, float]:
         """Mean loss of rows at both sides, in fp64 over batches."""
-        start = [p.clone() for p in self.params]
+        start = parameters_to_vector(self.params)
         sides = []
         for sign in (1, -1):
-            self.move(direction, sign * radius)
+            vector_to_parameters(start + sign * radius * direction, self.params)
             sides.append(self.pooled(rows))
-            for p, kept in zip(self.params, start, strict=True):
-                p.copy_(kept)
+        vector_to_parameters(start, self.params)
         return sides[0], sides[1]
 
     @torch.no_grad()
@@ -114,11 +109,9 @@ def measure(space: Space, eps: float) -> dict[str, Any]:
     unit, radius = mean / mean.norm(), 0.1 * eps * math.sqrt(space.d)
     plus, minus = space.along(unit, radius, order)
     steepest = (plus + minus - 2 * clean) / radius**2
-    trace = sum(curvatures) / DIRECTIONS
 
     def error(name: str) -> float:
-        wrong = [a - b for a, b in zip(slopes[name], slopes["exact"], strict=True)]
-        return math.sqrt(sum(x * x for x in wrong) / sum(x * x for x in slopes["exact"]))
+        return math.dist(slopes[name], slopes["exact"]) / math.hypot(*slopes["exact"])
 
     most = signal + 2 * error_of_signal
     pooled = most + (space.d + 1) * (most + noise)
@@ -132,8 +125,8 @@ def measure(space: Space, eps: float) -> dict[str, Any]:
         "batch_noise_to_signal_at_least": noise / most,
         "cosine_of_an_estimate_at_most": math.sqrt(most / pooled),
         "cosine_with_directions_of_examples_at_most": math.sqrt(most / apart),
-        "trace_of_hessian": trace,
-        "trace_standard_error": (sum((c - trace) ** 2 for c in curvatures) / (DIRECTIONS - 1) / DIRECTIONS) ** 0.5,
+        "trace_of_hessian": fmean(curvatures),
+        "trace_standard_error": stdev(curvatures) / math.sqrt(DIRECTIONS),
         "curvature_along_gradient": steepest,
         "relative_error_of_differences_at_eps": error("at_eps"),
         "relative_error_of_differences_at_a_tenth_of_eps": error("at_tenth"),

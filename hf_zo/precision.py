@@ -29,11 +29,10 @@ _LOSSES: set[Callable[..., Any]] = {
 
 @dataclass
 class LossesSeen:
-    """What a model's losses were taken from so far, and whether it has 16-bit weights; None: not looked at yet."""
+    """What a model's losses were taken from so far."""
 
     wide: int = 0
     narrow: int = 0
-    narrow_weights: bool | None = None
 
 
 class _Fp32Losses(TorchFunctionMode):
@@ -60,12 +59,12 @@ def fp32_losses(model: nn.Module, seen: LossesSeen | None = None) -> Iterator[No
     """Take losses and log-softmaxes in fp32 while a model with any 16-bit weights runs.
 
     Watching every operation takes a few microseconds each. With ``seen``, what one call sees is remembered, and a model that
-    has taken losses from fp32 alone is not watched any more.
+    has taken losses from fp32 alone, or has no 16-bit weights, is not watched any more.
     """
     seen = LossesSeen() if seen is None else seen
-    if seen.narrow_weights is None:
-        seen.narrow_weights = any(map(_is_narrow, model.parameters()))
-    if (seen.wide and not seen.narrow) or not seen.narrow_weights:
+    if not seen.wide and not any(map(_is_narrow, model.parameters())):
+        seen.wide += 1
+    if seen.wide and not seen.narrow:
         yield
         return
     with _Fp32Losses(seen):

@@ -108,7 +108,7 @@ class ZOTrainerMixin(EngineRuns):
             self._check_served()
             self._server = Server(args.zo_server, self.model)
         self._packing, self._losses_seen = self._packing_of(self.model), LossesSeen()
-        self._operations_of_number: int | None = None
+        self._operations_per_token: int | None = None
         self._divides_by_items: bool | None = None
         self._examples_checked = False
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
@@ -258,7 +258,7 @@ class ZOTrainerMixin(EngineRuns):
                 self._calibrate()
         if self._packing.model is not model:
             self._engine = self._engine_of(model)
-            self._packing, self._losses_seen, self._operations_of_number = self._packing_of(model), LossesSeen(), None
+            self._packing = self._packing_of(model)
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Resuming has loaded the weights by now, and PEFT loads a 16-bit adapter as fp32: the values are the same, but the
         # run would go on with other roundings.
@@ -299,7 +299,7 @@ class ZOTrainerMixin(EngineRuns):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ZOTrainerCallback):
                 callback.trainer = self
-        self._losses_seen, self._operations_of_number = LossesSeen(), None  # the model may have been cast since
+        self._losses_seen, self._operations_per_token = LossesSeen(), None  # the model may be another one, or cast
         return super().train(*args, **kwargs)
 
     # ---- the step --------------------------------------------------------------------------------------------------
@@ -582,10 +582,11 @@ class ZOTrainerMixin(EngineRuns):
         It also counts the parameters anew at every step, which takes as long as the rest of its loop.
         """
         tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
-        count = 1 if tokens is None else tokens.numel()
-        if self._operations_of_number is None:
-            self._operations_of_number = super().floating_point_ops(inputs) // max(count, 1)
-        return self._operations_of_number * count * self._zo_optimizer.estimator.forwards // 3
+        if tokens is None:
+            return 0  # as the Trainer does
+        if self._operations_per_token is None:
+            self._operations_per_token = super().floating_point_ops(inputs) // max(tokens.numel(), 1)
+        return self._operations_per_token * tokens.numel() * self._zo_optimizer.estimator.forwards // 3
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the step's own numbers to the training logs."""

@@ -20,7 +20,7 @@ def frozen_imports():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Numba's OpenMP layer gives its number of threads to torch too, and sums of two threads have other bits than one's."""
+    """A test may set another number of threads; the next one's sums would have other bits."""
     yield
     torch.set_num_threads(1)
 

@@ -496,7 +496,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     handles = [model.register_forward_pre_hook(down), model.register_forward_hook(up, always_call=True)]
     try:
         for module in training:
-            module.__dict__["training"] = False  # as an assignment does, which asks first whether it is given a parameter
+            module.training = False
         model.training = True
         yield
     finally:
@@ -504,4 +504,4 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             handle.remove()
         model.training = False
         for module in training:
-            module.__dict__["training"] = True
+            module.training = True

@@ -48,26 +48,28 @@ def estimator_of(scores: torch.Tensor | None = SCORES, **keywords: Any) -> CurvZ
 class Drawn:
     """Selections and dense directions of many steps, as `CurvZO` draws them, and what follows from them on the linear loss.
 
-    Much faster than as many estimates; the first of those are made and compared. ``s``: responses, [steps]; ``on``, ``v``:
-    what is selected and the masked direction by parameter, [steps, parameters]; ``energy``: |v|^2 by block or coordinate.
+    Much faster than as many estimates; the first of those are made and compared. ``s``: responses, [steps]; ``v``: the masked
+    direction, [steps, parameters]; ``energy``, ``squared``: |v|^2 and s^2 |v|^2 by block or coordinate.
     """
 
     def __init__(self, estimator: CurvZO, steps: int) -> None:
+        block = estimator.granularity == "block"
         self.probabilities = estimator.probabilities()
-        self.by_parameter = (
-            (lambda x: torch.repeat_interleave(x, SIZES.long(), -1)) if len(self.probabilities) == 3 else lambda x: x
-        )
-        selected = torch.stack([estimator._draw(t) for t in range(steps)]) < self.probabilities
+        self.sizes = SIZES if block else torch.ones(7, dtype=torch.float64)  # of a block or coordinate
+        self.selected = torch.stack([estimator._draw(t) for t in range(steps)]) < self.probabilities
         z = torch.stack([flat({n: estimator.dense_direction(t, 0).sample(n) for n in GRADIENT}) for t in range(steps)]).double()
-        self.selected, self.on = selected, self.by_parameter(selected)
-        self.v = z * self.on
+        self.v = z * self.by_parameter(self.selected)
         self.s = self.v @ flat(GRADIENT)
-        self.energy = self.v**2
-        if len(self.probabilities) == 3:  # rounded to 16 binary places, as `noise.energy` does
-            squares = (self.v * 2.0**16).round().square() * 2.0**-32
-            self.energy = torch.stack([e.sum(1) for e in squares.split(SIZES.long().tolist(), 1)], 1)
+        # Energies of blocks are those of `noise.energy`, which rounds to 16 binary places.
+        squares = ((self.v * 2.0**16).round() * 2.0**-16 if block else self.v) ** 2
+        self.energy = torch.stack([e.sum(1) for e in squares.split(self.sizes.long().tolist(), 1)], 1)
+        self.squared = self.s[:, None] ** 2 * self.energy
         self.estimates = [estimator.estimate(t, linear) for t in range(200)]
         torch.testing.assert_close(gradients_of(self.estimates).float(), self.gradients()[:200].float())
+
+    def by_parameter(self, units: torch.Tensor) -> torch.Tensor:
+        """What is given by block or coordinate, by parameter."""
+        return torch.repeat_interleave(units, self.sizes.long(), -1)
 
     def gradients(self) -> torch.Tensor:
         """Reweighted estimates."""
@@ -138,11 +140,10 @@ def test_other_weights(reweight: str, power: float) -> None:
 def test_block_scores() -> None:
     """c_b |v|^2 / s^2 is the energy of the block, and E[s^2 |v_b|^2] = pi_b ((d_b + 2 - d_b pi_b) G_b + d_b sum pi G)."""
     drawn = blocks()
-    drawn.check_scores(drawn.s[:, None] ** 2 * drawn.energy / drawn.energy.sum(1, keepdim=True))
-    measured = drawn.s[:, None] ** 2 * drawn.energy
+    drawn.check_scores(drawn.squared / drawn.energy.sum(1, keepdim=True))
     predicted = BLOCK_P * ((SIZES + 2 - SIZES * BLOCK_P) * ENERGY + SIZES * (BLOCK_P * ENERGY).sum())
-    assert_mean(measured, predicted)
-    torch.testing.assert_close(measured.mean(0), predicted, rtol=0.05, atol=0)
+    assert_mean(drawn.squared, predicted)
+    torch.testing.assert_close(drawn.squared.mean(0), predicted, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("granularity", ["block", "coordinate"])
@@ -151,8 +152,8 @@ def test_debiased_scores_estimate_the_squared_gradient(granularity: str) -> None
     scores, budget = (SCORES, 1.5) if granularity == "block" else (COORDINATE_SCORES, 3.0)
     expected = ENERGY if granularity == "block" else flat(GRADIENT) ** 2
     estimator = estimator_of(scores, budget=budget, granularity=granularity, debias=True, ema=1.0)
-    drawn, sizes = Drawn(estimator, 8000), SIZES if granularity == "block" else torch.ones(7, dtype=torch.float64)
-    p = drawn.probabilities
+    drawn = Drawn(estimator, 8000)
+    p, sizes = drawn.probabilities, drawn.sizes
     scores = drawn.s[:, None] ** 2 * (drawn.energy - p * sizes) / (p * (sizes + 2 - sizes * p))
     drawn.check_scores(scores)
     # A draw that selects nothing has s = 0 and with it a score of 0.
@@ -162,10 +163,10 @@ def test_debiased_scores_estimate_the_squared_gradient(granularity: str) -> None
 def test_coordinate_scores() -> None:
     """E[s^2 v_i^2] = pi_i ((3 - pi_i) g_i^2 + sum_j pi_j g_j^2), equation 6."""
     drawn = coordinates()
-    drawn.check_scores(drawn.s[:, None] ** 2 * drawn.energy / drawn.energy.sum(1, keepdim=True))
+    drawn.check_scores(drawn.squared / drawn.energy.sum(1, keepdim=True))
     gradient = flat(GRADIENT)
     assert_mean(
-        drawn.s[:, None] ** 2 * drawn.energy,
+        drawn.squared,
         COORDINATE_P * ((3 - COORDINATE_P) * gradient**2 + (COORDINATE_P * gradient**2).sum()),
     )
 
