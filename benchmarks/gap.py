@@ -50,7 +50,7 @@ class Space:
         cell = Cell("final", "sst2", form, arm, 1.0, seed=1)
         rows = rows_of(grid, cell, folders.data)
         set_seed(1)
-        parts = trainer_parts(grid.model_arguments(form, folders.model), task, rows.train, rows.scored, grid.max_length, 1)
+        parts = trainer_parts(grid.model_arguments(cell, folders.model), task, rows.train, rows.scored, grid.max_length, 1)
         self.trainer = trainer_of(grid, cell, task, scratch, grid.cost(cell), parts)
         self.trainer.create_optimizer()  # calibrates ZO-Act's basis
         self.model = self.trainer.model.float().eval()

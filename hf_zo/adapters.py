@@ -15,6 +15,7 @@ Not centred, unlike PEFT's EVA, which also redistributes ranks: the mean input i
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -65,10 +66,11 @@ def activation_adapter(
     return adapted
 
 
-def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-linear") -> PeftModel:
+def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-linear", with_head: bool = False) -> PeftModel:
     """The model with a LoRA adapter of rank ``rank`` whose A is frozen and whose B is zero; not calibrated yet.
 
-    A layer that is narrower than ``rank`` gets the rank it can have, with a warning.
+    A layer that is narrower than ``rank`` gets the rank it can have, with a warning. With ``with_head`` a language model's
+    output layer gets an adapter too, both factors frozen, for `hf_zo.head`.
 
     Raises:
         ValueError: if ``rank`` is below 1, or ``targets`` contains nothing that is supported, or something that is not.
@@ -79,10 +81,15 @@ def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-
     narrow = {name: width for name, module in chosen.items() if (width := min(_shape(module))) < rank}
     for name, width in narrow.items():
         logger.warning("zo_act_rank=%d exceeds a dimension of %s and is %d there.", rank, name, width)
+    names: str | list[str] = list(chosen)
+    if with_head and (head := _head_name(model)) is not None:
+        # A list that names the output layer makes PEFT save the whole embedding beside the adapter, whose base has it; so does
+        # any text in which PEFT finds the name.
+        names = "|".join([*map(re.escape, names), f"{re.escape(head[:-1])}[{head[-1]}]"])
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=list(chosen),
+        target_modules=names,
         rank_pattern=dict(narrow),
         alpha_pattern=dict(narrow),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
@@ -151,10 +158,31 @@ def _task_type(model: nn.Module) -> str | None:
     return found[0] if found else None
 
 
+def _head_name(model: nn.Module) -> str | None:
+    """Name of a language model's output layer; None if the model has none."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return None if head is None else next(name for name, module in model.named_modules() if module is head)
+
+
 def freeze_basis(model: nn.Module) -> None:
-    """Train B alone; loading an adapter as trainable unfreezes A."""
+    """Train B alone, and nothing on the output layer; loading an adapter as trainable unfreezes A."""
     for _, layer in adapted_layers(model):
         layer.lora_A.requires_grad_(False)
+    freeze_head(model)
+
+
+def freeze_head(model: nn.Module) -> None:
+    """Freeze the adapter on a language model's output layer, if there is one: `hf_zo.head` has fitted it."""
+    head = adapted_head(model)
+    if head is not None:
+        cast(nn.Module, head).requires_grad_(False)
+
+
+def adapted_head(model: nn.Module) -> LoraLayer | None:
+    """The LoRA layer on a language model's output layer, if there is one."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    return head if isinstance(head, LoraLayer) else None
 
 
 def adapted_layers(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:
@@ -164,7 +192,13 @@ def adapted_layers(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:
 
 def basis_of(layer: LoraLayer) -> torch.Tensor:
     """``V^T`` of a layer, r x d_in."""
-    return cast(torch.Tensor, layer.lora_A[layer.active_adapters[0]].weight)
+    return factors_of(layer)[0]
+
+
+def factors_of(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """A, r x d_in, and B, d_out x r, of a layer."""
+    name = layer.active_adapters[0]
+    return cast(torch.Tensor, layer.lora_A[name].weight), cast(torch.Tensor, layer.lora_B[name].weight)
 
 
 def check_basis(model: nn.Module) -> None:

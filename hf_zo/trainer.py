@@ -28,11 +28,23 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from .adapters import adapted_layers, attach, basis_of, calibrate, check_basis, draw_basis, freeze_basis
+from .adapters import (
+    adapted_head,
+    adapted_layers,
+    attach,
+    basis_of,
+    calibrate,
+    check_basis,
+    draw_basis,
+    factors_of,
+    freeze_basis,
+    freeze_head,
+)
 from .checkpoints import is_weightless
 from .directions import Probe, space_of
 from .engine_runs import EngineRuns
 from .estimators import METHODS, Estimator
+from .head import fit_head, output_layer
 from .hub.callbacks import ZOTrainerCallback, card_of
 from .objectives import OBJECTIVES, contributions, example_count, label_count, shifts_labels
 from .optimizer import ZOOptimizer
@@ -102,6 +114,9 @@ class ZOTrainerMixin(EngineRuns):
         if args.zo_method == "zo_act" and model is not None:
             model = self._with_basis_adapter(model, args)
         super().__init__(model, args, *rest, **kwargs)
+        if args.zo_head_samples:
+            output_layer(self.model)  # or an error
+            freeze_head(self.model)
         self._check_model(self.model)
         self._engine = self._engine_of(self.model)
         if args.zo_server is not None:
@@ -130,7 +145,12 @@ class ZOTrainerMixin(EngineRuns):
             return model
         targets = args.zo_act_targets
         self._calibrated = False
-        return attach(model, args.zo_act_rank, targets if targets in ("all-linear", "one-block") else targets.split(","))
+        return attach(
+            model,
+            args.zo_act_rank,
+            targets if targets in ("all-linear", "one-block") else targets.split(","),
+            with_head=args.zo_head_samples > 0,
+        )
 
     def _calibrate(self) -> None:
         """Make ZO-Act's basis from training rows, the same on every process, and leave all random states alone."""
@@ -157,6 +177,22 @@ class ZOTrainerMixin(EngineRuns):
             100 * shares[0],
         )
 
+    def _fit_head(self) -> None:
+        """Fit the output layer to training rows, the same on every process, and leave all random states alone."""
+        head = adapted_head(self.model)
+        if head is not None and factors_of(head)[1].any():
+            return  # an adapter that was passed brings its own
+        batches = self.training_batches(self.args.zo_head_samples)
+        with evaluation_mode(self.model), Randomness(self.model.parameters()), torch.no_grad():
+            found = fit_head(self.model, batches, self.plain_logits)
+        logger.info(
+            "The output layer, fitted to %d rows with ridge %g, takes the loss of left-out rows from %.3f to %.3f.",
+            found["rows"],
+            found["ridge"],
+            found["loss_before"],
+            found["loss_after"],
+        )
+
     def training_batches(self, wanted: int) -> list[dict[str, Any]]:
         """``wanted`` training rows, collated and on the device, in batches of the training's size."""
         rows = self._training_rows(wanted)
@@ -169,11 +205,17 @@ class ZOTrainerMixin(EngineRuns):
         with self.compute_loss_context_manager():
             super().compute_loss(self.model, dict(inputs))
 
+    def plain_logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The logits of such a pass."""
+        with self.compute_loss_context_manager():
+            _, outputs = super().compute_loss(self.model, dict(inputs), return_outputs=True)
+        return outputs["logits"]
+
     def _training_rows(self, wanted: int) -> list[Any]:
         """``wanted`` training rows: evenly spread where the data set has a length, else the first."""
         data: Any = self.train_dataset
         if data is None:
-            raise ValueError("The trainer needs a train_dataset: zo_method='zo_act' makes its basis from training rows.")
+            raise ValueError("The trainer needs a train_dataset: ZO-Act's basis and zo_head_samples start from training rows.")
         if not hasattr(data, "__len__"):
             return list(itertools.islice(iter(data), wanted))
         count = min(wanted, len(data))
@@ -256,6 +298,10 @@ class ZOTrainerMixin(EngineRuns):
             freeze_basis(model)  # resuming has loaded the adapter as trainable
             if not self._calibrated and (self._resume_from is None or is_weightless(self._resume_from)):
                 self._calibrate()
+        if self.args.zo_head_samples:
+            freeze_head(model)
+            if self._resume_from is None or is_weightless(self._resume_from):
+                self._fit_head()
         if self._packing.model is not model:
             self._engine = self._engine_of(model)
             self._packing = self._packing_of(model)
@@ -282,7 +328,9 @@ class ZOTrainerMixin(EngineRuns):
         self._runtime = TorchRuntime(params, self.args.zo_restore, None if self.args.torch_compile else model, runs)
         self.optimizer = ZOOptimizer(groups, {p: name for name, p in params.items()}, estimator, inner)
         bases = [basis_of(layer) for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
-        self._agree_on_weights([*params.values(), *bases])
+        head = adapted_head(model) if self.args.zo_head_samples else None
+        fitted = [] if head is None else factors_of(head)
+        self._agree_on_weights([*params.values(), *bases, *fitted])
         if self.args.zo_trajectory:
             self._zo_optimizer.register_step_post_hook(self._record)
             self._open_log()

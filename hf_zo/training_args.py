@@ -73,6 +73,9 @@ class ZOTrainingArguments(TrainingArguments):
             for lozo, whose factors are its own, nor for curvzo).
         zo_direction_rank (`int`, defaults to 16):
             Rank of factorised directions; 16 to 64 is usual. Clipped to a tensor's smaller dimension.
+        zo_head_samples (`int`, defaults to 0):
+            Training rows that the output layer is fitted to before the first step, from one forward pass over them; 0 for
+            none. For classifiers, and for language models that choose among options of one token, see `hf_zo.head`.
         zo_per_example (`bool`, defaults to `False`):
             Displace every example of a batch along a direction of its own, for mezo and zo_act on adapters of linear layers.
             As many forward passes, and up to as many times less variance as the batch has examples. No weight is written,
@@ -151,6 +154,7 @@ class ZOTrainingArguments(TrainingArguments):
     zo_num_directions: int | None = field(default=None, metadata={"help": "Directions per step. Default: the method's."})
     zo_direction: Entries = field(default="gaussian", metadata={"help": "'gaussian', 'rademacher' or 'factorised'."})
     zo_direction_rank: int = field(default=16, metadata={"help": "Rank of factorised directions."})
+    zo_head_samples: int = field(default=0, metadata={"help": "Training rows that the output layer is fitted to first."})
     zo_per_example: bool = field(default=False, metadata={"help": "A direction of its own for every example of a batch."})
     zo_seed: int | None = field(default=None, metadata={"help": "Key of all directions. Default: seed."})
     zo_clip: float | None = field(default=None, metadata={"help": "Bound on the absolute projected gradient."})
@@ -245,9 +249,9 @@ class ZOTrainingArguments(TrainingArguments):
             raise ValueError("zo_save_weights=False keeps the trajectory instead of weights; leave zo_trajectory at True.")
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate} must be a finite number, not negative.")
-        for name in ("zo_act_rank", "zo_act_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, least in (("zo_act_rank", 1), ("zo_act_samples", 1), ("zo_head_samples", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.zo_act_basis == "random" and (self.zo_act_samples != 64 or self.zo_act_exclude_first_token):
             raise ValueError(
                 "zo_act_basis='random' looks at no sequence: zo_act_samples and zo_act_exclude_first_token would be ignored; "
@@ -262,6 +266,10 @@ class ZOTrainingArguments(TrainingArguments):
         if self.bf16:
             raise ValueError(
                 "bf16=True autocasts around the model, which zo_runtime='vllm' does not follow; load the model in bfloat16."
+            )
+        if self.zo_head_samples:
+            raise ValueError(
+                "zo_head_samples puts an adapter on the output layer, which zo_runtime='vllm' has not; set it to 0."
             )
         if self.zo_server is None:
             return

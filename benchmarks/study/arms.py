@@ -31,16 +31,18 @@ class Arm:
 
     Attributes:
         label: as in the tables.
-        kind: ``zo`` trains by `ZOTrainer`, ``first-order`` by the transformers Trainer, ``prompt`` trains nothing.
+        kind: ``zo`` trains by `ZOTrainer`, ``first-order`` by the transformers Trainer, ``probe`` fits the output layer alone,
+            ``prompt`` trains nothing.
         rates: learning rate by form; the forms that the arm has. 1 where nothing is trained.
         source: where the rates come from.
-        settings: fields of `ZOTrainingArguments` (of `TrainingArguments` for a first-order arm).
+        settings: fields of `ZOTrainingArguments` (of `TrainingArguments` for a first-order arm). With ``zo_head_samples``, LoRA
+            adapts the output layer of a language model too.
         demonstrations: worked examples in the prompt, at most.
         curvzo_share: ``curvzo_budget`` as a share of the trained tensors, whose number depends on the model.
     """
 
     label: str
-    kind: Literal["zo", "first-order", "prompt"]
+    kind: Literal["zo", "first-order", "probe", "prompt"]
     rates: Mapping[str, float]
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -63,9 +65,14 @@ def _zo_act(label: str, source: str, rate: float = RECOMMENDED["zo_act"]["lora"]
 _MEZO = "published for OPT (MeZO's README: the larger of each grid)"
 _AS_MEZO = "not published: MeZO's"
 
+_PROBE = {"zo_head_samples": 1000}
+
 ARMS: dict[str, Arm] = {
     "zero-shot": Arm("zero-shot", "prompt", {"base": 1.0}, "nothing is trained"),
     "in-context": Arm("in-context, up to 8 examples", "prompt", {"base": 1.0}, "nothing is trained", demonstrations=8),
+    "linear-probe": Arm(
+        "linear probe", "probe", {"base": 1.0}, "the ridge is cross-validated", {"zo_method": "zo_act", **_PROBE}
+    ),
     "first-order": Arm(
         "first-order AdamW",
         "first-order",
@@ -84,6 +91,7 @@ ARMS: dict[str, Arm] = {
         _MEZO,
         {"zo_per_example": True},
     ),
+    "mezo-probe": _zo("MeZO after a linear probe", "mezo", _MEZO, **_PROBE),
     "mezo-n3": _zo("KerZOO without kernel (MeZO n=3)", "mezo", _MEZO, zo_num_directions=3),
     "richardson": _zo("Richardson", "kerzoo", _AS_MEZO, rates_of="mezo", kerzoo_order="richardson", zo_num_directions=1),
     "curvzo": _zo("CurvZO", "curvzo", _AS_MEZO),
@@ -103,5 +111,6 @@ ARMS: dict[str, Arm] = {
         zo_act_rank=1,
         zo_per_example=True,
     ),
+    "zo-act-probe": _zo_act("ZO-Act after a linear probe", "as ZO-Act", **_PROBE),
     "zo-act-sgd": _zo_act("ZO-Act, SGD", "not published: MeZO's for LoRA", rate=RECOMMENDED["mezo"]["lora"][0], optim="sgd"),
 }

@@ -60,7 +60,7 @@ def run_cell(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
     begin = time.time()
     arm, task, cost = grid.arms[cell.arm], TASKS[cell.task], grid.cost(cell)
     rows = rows_of(grid, cell, folders.data)
-    model_arguments = grid.model_arguments(cell.form, folders.model)
+    model_arguments = grid.model_arguments(cell, folders.model)
     set_seed(cell.seed)  # of a new head
     max_length, shown = grid.max_length, 0
     if arm.demonstrations:
@@ -75,6 +75,8 @@ def run_cell(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
             tensors = sum(p.requires_grad for p in trainer.model.parameters())
             trainer.args.curvzo_budget = max(1.0, arm.curvzo_share * tensors)
         status, error, before, seconds = "ok", None, {}, 0.0
+        if arm.kind == "probe":
+            trainer.create_optimizer()  # fits the output layer
         if 0 in ends:
             before = trainer.evaluate()
         if cost.steps:

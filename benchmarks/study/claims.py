@@ -106,6 +106,20 @@ CLAIMS = (
         "zo-act",
         reason="the dimension multiplies the sum of the examples' squared gradients, not the square of their sum",
     ),
+    Claim(
+        "A linear probe before the first step helps ZO-Act",
+        "this package; of first-order training, arXiv 2202.10054",
+        "zo-act-probe",
+        "zo-act",
+        reason="the output layer's share of the gradient is exact",
+    ),
+    Claim(
+        "ZO-Act adds to a linear probe",
+        "this package",
+        "zo-act-probe",
+        "linear-probe",
+        reason="near the probe's minimum the noise of a batch exceeds the gradient many times",
+    ),
     Claim("The basis from activations is what helps", "arXiv 2607.01125", "zo-act", "zo-act-random"),
     Claim("Adam in the subspace is what helps", "arXiv 2607.01125", "zo-act", "zo-act-sgd"),
     Claim(

@@ -64,7 +64,7 @@ class Cost:
     """Forward passes of a batch of the training's size.
 
     Attributes:
-        once: before the first step: ZO-Act's calibration.
+        once: before the first step: ZO-Act's calibration, and one pass over the rows that an output layer is fitted to.
         per_step: of a step.
         steps: as many as the budget holds.
     """
@@ -79,8 +79,8 @@ class Cost:
         return self.at(self.steps)
 
     def at(self, step: int) -> int:
-        """After a step."""
-        return self.once + self.per_step * step if step else 0
+        """After a step; of an arm without steps, when it is done."""
+        return self.once + self.per_step * step if step or not self.steps else 0
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Grid:
     def tune_cells(self, group: tuple[str, str, str]) -> list[Cell]:
         """One per multiplier; a single one where nothing is trained."""
         task, form, arm = group
-        multipliers = (1.0,) if self.arms[arm].kind == "prompt" else self.multipliers
+        multipliers = (1.0,) if self.arms[arm].kind in ("prompt", "probe") else self.multipliers
         return [Cell("tune", task, form, arm, m, self.tuning_seed) for m in multipliers]
 
     def final_cells(self, group: tuple[str, str, str], multiplier: float) -> list[Cell]:
@@ -156,10 +156,13 @@ class Grid:
         final = [f for cell in tune for f in self.final_cells(cell.group, cell.multiplier)]
         return {cell.name: cell for cell in (*tune, *final)}
 
-    def model_arguments(self, form: str, folder: Path) -> ModelArguments:
+    def model_arguments(self, cell: Cell, folder: Path) -> ModelArguments:
         """The model of a cell."""
         lora = {"lora_r": self.lora_r, "lora_alpha": self.lora_alpha, "dtype": self.dtype}
-        return ModelArguments(str(folder), **{**MODELS[self.model], **lora, **FORMS[form]})
+        chosen = {**MODELS[self.model], **lora, **FORMS[cell.form]}
+        if "zo_head_samples" in self.arms[cell.arm].settings and chosen["head"] == "lm":
+            chosen["lora_target_modules"] = [*chosen["lora_target_modules"], "lm_head"]
+        return ModelArguments(str(folder), **chosen)
 
     def cost(self, cell: Cell) -> Cost:
         """Forward passes of a cell.
@@ -171,15 +174,22 @@ class Grid:
         if arm.kind == "prompt":
             return Cost(0, 0, 0)
         once, per_step = 0, FORWARDS_PER_FIRST_ORDER_STEP
-        if arm.kind == "zo":
+        if arm.kind in ("zo", "probe"):
             arguments = self.arguments(cell, "unused", 1)
             per_step = METHODS[arguments.zo_method]({}, **arguments.estimator_kwargs()).forwards
+            once = self._batches(arguments.zo_head_samples)
+            if arm.kind == "probe":
+                return Cost(once, 0, 0)
             if arguments.zo_method == "zo_act" and arguments.zo_act_basis == "activations":
-                once = CALIBRATION_SWEEPS * math.ceil(min(arguments.zo_act_samples, self.train_samples) / self.batch_size)
+                once += CALIBRATION_SWEEPS * self._batches(arguments.zo_act_samples)
         steps = (budget - once) // per_step
         if steps < 1:
             raise GridError(f"budget={budget} holds no step of arm {cell.arm!r}, which takes {per_step} (and {once} before).")
         return Cost(once, per_step, steps)
+
+    def _batches(self, samples: int) -> int:
+        """Batches that so many training rows make."""
+        return math.ceil(min(samples, self.train_samples) / self.batch_size)
 
     def arguments(self, cell: Cell, output_dir: str, steps: int) -> Any:
         """Training arguments of a cell: `ZOTrainingArguments`, or `TrainingArguments` for a first-order arm."""
@@ -199,7 +209,7 @@ class Grid:
             "remove_unused_columns": False,
             "logging_nan_inf_filter": False,  # a divergence must show
         }
-        if arm.kind == "zo":
+        if arm.kind in ("zo", "probe"):
             return ZOTrainingArguments(**{**common, "zo_trajectory": False, **arm.settings})
         if arm.kind == "first-order":
             return TrainingArguments(**{**common, **arm.settings})

@@ -96,13 +96,13 @@ def _arm(entry: Any, settings: Mapping[str, Any]) -> tuple[str, Arm]:
     arm = ARMS[like]
     if like != name and name in ARMS:
         raise GridError(f"arms: name={name!r} is taken by an arm of the study; call the variant of {like!r} something else.")
-    own = {**(settings if arm.kind == "zo" else {}), **(entry.get("settings") or {})}
+    own = {**(settings if arm.kind in ("zo", "probe") else {}), **(entry.get("settings") or {})}
     if own and arm.kind == "prompt":
         raise GridError(f"arm {name!r} trains nothing and takes no settings, but has {', '.join(own)}.")
     taken = [f"{key} (set by {_RESERVED[key]})" for key in own if key in _RESERVED]
     if taken:
         raise GridError(f"arm {name!r}: the settings {', '.join(taken)} belong to the grid.")
-    fields = {f.name for f in dataclasses.fields(ZOTrainingArguments if arm.kind == "zo" else TrainingArguments)}
+    fields = {f.name for f in dataclasses.fields(TrainingArguments if arm.kind == "first-order" else ZOTrainingArguments)}
     unknown = [key for key in own if key not in fields]
     if unknown:
         methods = ", ".join(sorted(f for f in fields if f.startswith(("zo_", *(f"{m}_" for m in METHODS)))))

@@ -124,7 +124,7 @@ def outcome(group: Sequence[Result]) -> Outcome:
         label=config["label"],
         multiplier=best,
         edge=len(tried) > 1 and best in (min(tried), max(tried)),
-        rate=None if best is None or config["kind"] == "prompt" else config["rate"] * best,
+        rate=None if best is None or config["kind"] in ("prompt", "probe") else config["rate"] * best,
         scores={r["config"]["seed"]: 100 * score_of(r) for r in final},
         cells=final,
     )
@@ -270,10 +270,10 @@ multipliers of its own published or recommended one, chosen on development rows 
 multipliers that were tried. Differences to MeZO are paired by seed, p is of the paired t-test.
 
 The budget counts forward passes of a batch: a step of a first-order arm counts {FORWARDS_PER_FIRST_ORDER_STEP}, ZO-Act's
-calibration counts too, evaluations do not. Seconds are those of training, evaluations on the way included; peak memory is that
-of the whole process. A run has diverged if a loss was not finite, or if its losses ended above {DIVERGED:g} times the first; it
-counts with the score it ended at. Arms that train nothing, and ZO-Act, which brings its adapter, stand in the table of every
-form."""
+calibration and the pass over the training rows that a linear probe needs count too, evaluations do not. Seconds are those of
+training, evaluations on the way included; peak memory is that of the whole process. A run has diverged if a loss was not
+finite, or if its losses ended above {DIVERGED:g} times the first; it counts with the score it ended at. Arms that train nothing
+or the output layer alone, and ZO-Act, which brings its adapter, stand in the table of every form."""
 
 _CLAIMS = f"""Differences of paired runs, over all tasks, forms and seeds. Reproduced: the difference exceeds what is claimed (0
 unless it says more), with p < {SIGNIFICANT:g} in the paired t-test."""

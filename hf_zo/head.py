@@ -1,0 +1,245 @@
+"""The output layer, fitted to the training rows before the first step: linear probing, then fine-tuning (arXiv 2202.10054).
+
+    W = argmin  mean_i CE(z_i + W h_i, y_i) + ridge / 2 |W|^2        h_i: what the output layer reads, z_i: scores it has now
+
+The hidden states h_i of one forward pass over the rows are all that is needed: the problem is convex and small, and no
+gradient passes through the network. Directions of zeroth-order training have the whole network's dimension, these weights
+have the exact gradient that random directions estimate, so what a linear map can learn should not be left to them.
+
+A classifier's new layer gets W as its weights (z = 0; shrinking then is towards zero). A language model that chooses among
+options gets it as a LoRA adapter on its output layer, W being the change of the options' rows: A holds the right singular
+vectors of W, B the rest, zero in the rows of all other tokens. Both of its factors are frozen from then on.
+
+The ridge is chosen by five-fold cross-validation on the rows. A language model whose losses on left-out rows do not fall stays
+as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from .adapters import adapted_head, factors_of
+from .tasks.scoring import OptionLabels
+
+logger = logging.getLogger(__name__)
+
+RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+"""Tried in this order, per unit of the hidden states' mean square."""
+
+_FOLDS = 5
+
+Logits = Callable[[Mapping[str, Any]], torch.Tensor]
+"""Runs the model on a batch and returns its logits."""
+
+
+@dataclass
+class Readings:
+    """What an output layer read and should have said.
+
+    Attributes:
+        hidden: [N, D], its inputs, one row for an example.
+        scores: [N, K], what it makes of them for the K classes or options.
+        target: [N], the right one.
+        tokens: [K], the options' tokens; None for classes.
+    """
+
+    hidden: torch.Tensor
+    scores: torch.Tensor
+    target: torch.Tensor
+    tokens: torch.Tensor | None
+
+
+def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Logits) -> dict[str, float]:
+    """Fit the output layer of ``model`` in place.
+
+    Args:
+        model: a sequence classifier whose output layer is trainable, or a language model with a LoRA adapter on it
+            (``target_modules`` contains its name).
+        batches: training rows with their ``labels``: classes, or `OptionLabels` of options that are single tokens, the same
+            for every row.
+        logits: see `Logits`; called once per batch, without gradients.
+
+    Returns:
+        ``loss_before`` and ``loss_after`` on left-out rows, the chosen ``ridge`` and ``rows``.
+
+    Raises:
+        ValueError: if there is no such layer, or the labels are of another kind.
+    """
+    layer = output_layer(model)
+    seen = read(layer, batches, logits)
+    fresh = seen.tokens is None  # a new layer's scores are noise
+    offset = torch.zeros_like(seen.scores) if fresh else seen.scores
+    weights, facts = fitted(seen.hidden, offset, seen.target, bias=fresh and getattr(layer, "bias", None) is not None)
+    if seen.tokens is None:
+        _write_classes(layer, weights)
+    elif facts["loss_after"] < facts["loss_before"]:
+        _write_options(layer, weights, seen.tokens)
+    else:
+        logger.warning("The output layer stays as it was: fitted to some rows, it predicts the others worse.")
+        facts["loss_after"] = facts["loss_before"]
+    return facts
+
+
+def output_layer(model: nn.Module) -> nn.Module:
+    """The linear layer that `fit_head` changes.
+
+    Raises:
+        ValueError: if there is none, with what to do.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layer = adapted_head(model)
+    if layer is not None:
+        return cast(nn.Module, layer)
+    if getattr(base, "get_output_embeddings", lambda: None)() is not None:
+        head = base.get_output_embeddings()
+        name = next(name for name, module in base.named_modules() if module is head)
+        raise ValueError(f"zo_head_samples fits an adapter on the output layer; add {name!r} to the adapter's target_modules.")
+    heads = [m for name in ("classifier", "score") for m in getattr(base, name, nn.Module()).modules()]
+    trained = [m for m in heads if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    if not trained:
+        raise ValueError(
+            "zo_head_samples fits the output layer of a language model with an adapter on it, or the trainable `classifier` or "
+            f"`score` of a classifier; {type(base).__name__} has neither. Set it to 0."
+        )
+    return trained[-1]
+
+
+def read(layer: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Logits) -> Readings:
+    """One forward pass over the batches.
+
+    Raises:
+        ValueError: if their labels are neither classes nor options of one token each.
+    """
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    found: list[Readings] = []
+    try:
+        for batch in batches:
+            said, labels = logits(batch), batch.get("labels")
+            if isinstance(labels, OptionLabels):
+                found.append(_of_options(seen[-1][0], said, labels))
+            elif isinstance(labels, torch.Tensor) and labels.ndim == 1 and not labels.dtype.is_floating_point:
+                found.append(_of_classes(*seen[-1], said, labels))
+            else:
+                raise ValueError("zo_head_samples needs labels that are classes, or options of a prompt; set it to 0.")
+            seen.clear()
+    finally:
+        handle.remove()
+    tokens = [r.tokens for r in found if r.tokens is not None]
+    if any(not torch.equal(t, tokens[0]) for t in tokens):
+        raise ValueError(_VARYING)
+    return Readings(
+        torch.cat([r.hidden for r in found]),
+        torch.cat([r.scores for r in found]),
+        torch.cat([r.target for r in found]),
+        tokens[0] if tokens else None,
+    )
+
+
+_VARYING = "zo_head_samples needs options that are single tokens and the same for every row; set it to 0."
+
+
+def _of_options(hidden: torch.Tensor, logits: torch.Tensor, labels: OptionLabels) -> Readings:
+    row, from_end, token, option = labels["scored"].unbind(-1)  # [B, K] each
+    order = option.argsort(-1)
+    row, from_end, token, option = (x.gather(1, order) for x in (row, from_end, token, option))
+    k = token.shape[1]
+    once = (option == torch.arange(k, device=option.device)).all()
+    same = (token == token[:1]).all() and (row == row[:, :1]).all() and (from_end == from_end[:, :1]).all()
+    if not (once and same):
+        raise ValueError(_VARYING)
+    place = row[:, 0], logits.shape[1] - from_end[:, 0]
+    return Readings(hidden[place].float(), logits[place][:, token[0]].float(), labels["target"], token[0])
+
+
+def _of_classes(hidden: torch.Tensor, output: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> Readings:
+    if output.ndim == 3:  # a score of every position, of which the model picked one
+        picked = (output == logits[:, None]).all(-1).float().argmax(-1)
+        hidden = hidden[torch.arange(len(labels), device=labels.device), picked]
+    return Readings(hidden.float(), logits.float(), labels, None)
+
+
+def fitted(
+    hidden: torch.Tensor, offset: torch.Tensor, target: torch.Tensor, bias: bool = False
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Multinomial logistic regression with an offset, its ridge chosen by cross-validation; fp64 on the CPU.
+
+    Args:
+        hidden: [N, D].
+        offset: [N, K].
+        target: [N].
+        bias: whether the last column of the result multiplies 1 in place of an input.
+
+    Returns:
+        Weights [K, D] (+ 1 with bias), and what `fit_head` returns.
+
+    Raises:
+        ValueError: if a hidden state is not finite, or there are fewer rows than folds.
+    """
+    x, z, y = hidden.double().cpu(), offset.double().cpu(), target.cpu()
+    if not (x.isfinite().all() and z.isfinite().all()):
+        raise ValueError("zo_head_samples: the model's hidden states are not finite on some training row.")
+    if len(x) < _FOLDS:
+        raise ValueError(f"zo_head_samples={len(x)}: at least {_FOLDS} rows are needed.")
+    scale = x.pow(2).mean().sqrt()
+    x = x / scale
+    if bias:
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    fold = torch.arange(len(x)) % _FOLDS
+    losses = torch.zeros(len(RIDGES), dtype=torch.float64)
+    for k in range(_FOLDS):
+        out, w = fold == k, torch.zeros(z.shape[1], x.shape[1], dtype=torch.float64)
+        for i, ridge in enumerate(RIDGES):
+            w = _minimum(x[~out], z[~out], y[~out], ridge, w)
+            losses[i] += nn.functional.cross_entropy(z[out] + x[out] @ w.T, y[out], reduction="sum") / len(x)
+    best = int(losses.argmin())
+    w = _minimum(x, z, y, RIDGES[best], torch.zeros(z.shape[1], x.shape[1], dtype=torch.float64))
+    width = hidden.shape[1]
+    w[:, :width] /= scale
+    before = float(nn.functional.cross_entropy(z, y))
+    return w, {"loss_before": before, "loss_after": float(losses[best]), "ridge": RIDGES[best], "rows": len(x)}
+
+
+@torch.enable_grad()
+def _minimum(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor, ridge: float, start: torch.Tensor) -> torch.Tensor:
+    """Weights [K, D] of least penalised loss."""
+    w = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(z + x @ w.T, y) + ridge / 2 * w.pow(2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return w.detach()
+
+
+@torch.no_grad()
+def _write_classes(layer: nn.Module, weights: torch.Tensor) -> None:
+    assert isinstance(layer, nn.Linear)
+    layer.weight.copy_(weights[:, : layer.in_features])
+    if layer.bias is not None:
+        layer.bias.copy_(weights[:, -1])
+
+
+@torch.no_grad()
+def _write_options(layer: nn.Module, weights: torch.Tensor, tokens: torch.Tensor) -> None:
+    assert isinstance(layer, LoraLayer)
+    a, b = factors_of(layer)
+    left, size, right = torch.linalg.svd(weights.to(a.device), full_matrices=False)
+    rank = min(len(a), len(tokens))
+    # The other rows of A stay orthonormal to these, as ZO-Act wants them, and B does not read them.
+    basis = torch.linalg.qr(torch.cat([right[:rank], a.to(right)]).T).Q[:, : len(a)].T
+    basis[:rank] = right[:rank]
+    a.copy_(basis)
+    b.zero_()
+    b[tokens.to(b.device), :rank] = ((left * size)[:, :rank] / layer.scaling[layer.active_adapters[0]]).to(b)
