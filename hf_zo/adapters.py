@@ -15,7 +15,6 @@ Not centred, unlike PEFT's EVA, which also redistributes ranks: the mean input i
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -81,15 +80,11 @@ def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-
     narrow = {name: width for name, module in chosen.items() if (width := min(_shape(module))) < rank}
     for name, width in narrow.items():
         logger.warning("zo_act_rank=%d exceeds a dimension of %s and is %d there.", rank, name, width)
-    names: str | list[str] = list(chosen)
-    if with_head and (head := _head_name(model)) is not None:
-        # A list that names the output layer makes PEFT save the whole embedding beside the adapter, whose base has it; so does
-        # any text in which PEFT finds the name.
-        names = "|".join([*map(re.escape, names), f"{re.escape(head[:-1])}[{head[-1]}]"])
+    head = _head_name(model) if with_head else None
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=names,
+        target_modules=[*chosen, *([] if head is None else [head])],
         rank_pattern=dict(narrow),
         alpha_pattern=dict(narrow),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),

@@ -138,6 +138,12 @@ class TrajectoryCheckpoints(_Base):
         if self.args.should_save and (folder / FACTS_NAME).is_file():  # PEFT has just written a card of its own over ours
             write_card(json.loads((folder / FACTS_NAME).read_text()), folder)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The Trainer's, without the weights that an adapter on the output layer stands on: PEFT would add the base's."""
+        if state_dict is None and self.args.zo_head_samples:
+            state_dict = {key: value for key, value in self.model.state_dict().items() if ".base_layer." not in key}
+        super()._save(output_dir, state_dict)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The Trainer's; beside a trajectory that replaces weights the schedule alone."""
         if self.args.zo_save_weights:

@@ -3,12 +3,13 @@
     W = argmin  mean_i CE(z_i + W h_i, y_i) + ridge / 2 |W|^2        h_i: what the output layer reads, z_i: scores it has now
 
 The hidden states h_i of one forward pass over the rows are all that is needed: the problem is convex and small, and no
-gradient passes through the network. Directions of zeroth-order training have the whole network's dimension, these weights
-have the exact gradient that random directions estimate, so what a linear map can learn should not be left to them.
+gradient passes through the network. What a linear map can learn has an exact gradient; it need not be left to random
+directions, whose noise grows with the dimension of all that is trained.
 
 A classifier's new layer gets W as its weights (z = 0; shrinking then is towards zero). A language model that chooses among
 options gets it as a LoRA adapter on its output layer, W being the change of the options' rows: A holds the right singular
-vectors of W, B the rest, zero in the rows of all other tokens. Both of its factors are frozen from then on.
+vectors of W, B the rest, zero in the rows of all other tokens. Both of its factors are frozen from then on. Where the output
+layer shares its weights with the input embedding, such an adapter must not be merged (PEFT warns of it).
 
 The ridge is chosen by five-fold cross-validation on the rows. A language model whose losses on left-out rows do not fall stays
 as it was.

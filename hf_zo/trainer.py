@@ -182,9 +182,9 @@ class ZOTrainerMixin(EngineRuns):
         head = adapted_head(self.model)
         if head is not None and factors_of(head)[1].any():
             return  # an adapter that was passed brings its own
-        batches = self.training_batches(self.args.zo_head_samples)
         with evaluation_mode(self.model), Randomness(self.model.parameters()), torch.no_grad():
-            found = fit_head(self.model, batches, self.plain_logits)
+            batches = [self._prepare_inputs(batch) for batch in self.training_batches(self.args.zo_head_samples)]
+            found = fit_head(self.model, batches, self._logits)
         logger.info(
             "The output layer, fitted to %d rows with ridge %g, takes the loss of left-out rows from %.3f to %.3f.",
             found["rows"],
@@ -205,11 +205,10 @@ class ZOTrainerMixin(EngineRuns):
         with self.compute_loss_context_manager():
             super().compute_loss(self.model, dict(inputs))
 
-    def plain_logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The logits of such a pass."""
+    def _logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """What the model makes of a prepared batch."""
         with self.compute_loss_context_manager():
-            _, outputs = super().compute_loss(self.model, dict(inputs), return_outputs=True)
-        return outputs["logits"]
+            return self.compute_loss(self.model, dict(inputs), return_outputs=True)[1]["logits"]
 
     def _training_rows(self, wanted: int) -> list[Any]:
         """``wanted`` training rows: evenly spread where the data set has a length, else the first."""

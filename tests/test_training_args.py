@@ -73,6 +73,8 @@ NAN = float("nan")
         ({"zo_method": "zo_act", "zo_act_rank": 0}, "zo_act_rank", "at least 1"),
         ({"zo_method": "zo_act", "zo_act_samples": 0}, "zo_act_samples", "at least 1"),
         ({"zo_act_rank": 4}, "zo_act_rank", "zo_method is 'mezo'"),
+        ({"zo_head_samples": -1}, "zo_head_samples", "at least 0"),
+        ({"zo_head_samples": 8, "zo_runtime": "vllm"}, "zo_head_samples", "set it to 0"),
         ({"zo_method": "zo_act", "zo_act_basis": "pca"}, "zo_act_basis", "random"),
         ({"zo_method": "zo_act", "zo_act_basis": "random", "zo_act_samples": 8}, "zo_act_basis", "zo_act_samples"),
         ({"zo_act_basis": "random"}, "zo_act_basis", "zo_method is 'mezo'"),

@@ -65,6 +65,7 @@ def _zo_act(label: str, source: str, rate: float = RECOMMENDED["zo_act"]["lora"]
 _MEZO = "published for OPT (MeZO's README: the larger of each grid)"
 _AS_MEZO = "not published: MeZO's"
 
+_OF_ADAPTERS = dict.fromkeys(("lora", "lora-all"), RECOMMENDED["mezo"]["lora"][0])
 _PROBE = {"zo_head_samples": 1000}
 
 ARMS: dict[str, Arm] = {
@@ -87,11 +88,11 @@ ARMS: dict[str, Arm] = {
     "mezo-per-example": Arm(
         "MeZO, directions of examples",
         "zo",
-        {form: RECOMMENDED["mezo"]["lora"][0] for form in ("lora", "lora-all")},
+        _OF_ADAPTERS,
         _MEZO,
         {"zo_per_example": True},
     ),
-    "mezo-probe": _zo("MeZO after a linear probe", "mezo", _MEZO, **_PROBE),
+    "mezo-probe": Arm("MeZO after a linear probe", "zo", _OF_ADAPTERS, _MEZO, _PROBE),
     "mezo-n3": _zo("KerZOO without kernel (MeZO n=3)", "mezo", _MEZO, zo_num_directions=3),
     "richardson": _zo("Richardson", "kerzoo", _AS_MEZO, rates_of="mezo", kerzoo_order="richardson", zo_num_directions=1),
     "curvzo": _zo("CurvZO", "curvzo", _AS_MEZO),

@@ -74,12 +74,13 @@ def test_missing_places_are_told_before_anything_runs(study, tmp_path):
 
 
 def test_every_arm_spends_the_same_budget(study):
-    arms = [name for name in ARMS if name not in ("zero-shot", "in-context")]
+    arms = [name for name in ARMS if name not in ("zero-shot", "in-context", "linear-probe")]
     grid, _ = study(arms=arms, forms=["base", "lora", "full"], budget=120, train_samples=32)
     per_step = {arm: 2 for arm in arms} | {"first-order": 3, "kerzoo": 6, "mezo-n3": 6, "richardson": 4}
     per_step |= {"bszo": 3, "bszo-fixed-noise": 3}
     calibrated = ("zo-act", "zo-act-sgd", "zo-act-per-example", "zo-act-one-block")
     once = dict.fromkeys(calibrated, 3 * 8)  # three passes over 32 rows in batches of 4
+    once |= {"mezo-probe": 8, "zo-act-probe": 4 * 8}  # a linear probe takes one
     for task, form, arm in grid.groups():
         for phase, seed in (("tune", 0), ("final", 1)):
             cost = grid.cost(Cell(phase, task, form, arm, 1.0, seed))
@@ -91,6 +92,12 @@ def test_every_arm_spends_the_same_budget(study):
 def test_arms_that_train_nothing_cost_nothing(study):
     grid, _ = study(arms=["zero-shot", "in-context"])
     assert {grid.cost(cell).total for cell in grid.cells().values()} == {0}
+    assert {cell.multiplier for cell in grid.cells().values()} == {1.0}
+
+
+def test_a_linear_probe_costs_one_pass_and_is_not_tuned(study):
+    grid, _ = study(arms=["linear-probe"])
+    assert {grid.cost(cell).total for cell in grid.cells().values()} == {4}
     assert {cell.multiplier for cell in grid.cells().values()} == {1.0}
 
 

@@ -1,0 +1,336 @@
+"""The output layer's fit: the minimum of a convex problem, written where models read it, once, and frozen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from support import VOCABULARY, Sentences, assert_same_weights, collate, tiny_llama, trained_of, trainer_of, weights_of
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+
+from hf_zo import Trajectory, ZOTrainer, ZOTrainingArguments, replay
+from hf_zo.adapters import attach, factors_of
+from hf_zo.head import RIDGES, fit_head, fitted, output_layer
+from hf_zo.tasks import OptionLabels, option_loss
+from hf_zo.tasks.scoring import option_scores
+
+TOKENS = [7, 11, 23]  # of the options
+ROWS = 60
+
+
+class Prompts(Dataset):
+    """Token sequences whose last token tells which of three options is right."""
+
+    def __init__(self, rows: int = ROWS) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows = [torch.randint(1, VOCABULARY, (3 + i % 5,), generator=generator) for i in range(rows)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.rows[i]
+
+
+def options(rows: list[torch.Tensor], tokens: list[int] = TOKENS) -> dict[str, Any]:
+    """A batch, padded right; the options come in an order of their own."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    scored = torch.zeros(len(rows), len(tokens), 4, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        scored[i] = torch.tensor([[i, width - len(row) + 1, tokens[k], k] for k in (2, 0, 1)[: len(tokens)]])
+    target = torch.tensor([int(row[-1]) % 3 for row in rows])
+    return {"labels": OptionLabels(target=target, scored=scored), "input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def batches(size: int = 12) -> list[dict[str, Any]]:
+    data = Prompts()
+    return [options([data[i] for i in range(start, start + size)]) for start in range(0, ROWS, size)]
+
+
+def logits_of(model: nn.Module) -> Any:
+    def logits(batch: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
+
+    return logits
+
+
+def losses(model: nn.Module) -> float:
+    logits = logits_of(model)
+    return sum(float(option_loss({"logits": logits(batch)}, batch["labels"])) for batch in batches()) / len(batches())
+
+
+def trainer(folder: Path, model: nn.Module | None = None, **more: Any) -> ZOTrainer:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "zo_method": "zo_act",
+        "zo_head_samples": 48,
+        "zo_act_samples": 8,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+    }
+    return ZOTrainer(
+        tiny_llama() if model is None else model,
+        ZOTrainingArguments(**{**settings, **more}),
+        train_dataset=Prompts(),
+        data_collator=options,
+        compute_loss_func=option_loss,
+    )
+
+
+# ---- the problem -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_weights_are_the_minimum_of_the_penalised_loss(bias: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden = 3 * torch.randn(200, 6, generator=g, dtype=torch.float64) + 1
+    offset = torch.randn(200, 4, generator=g, dtype=torch.float64)
+    target = (offset + hidden @ torch.randn(6, 4, generator=g, dtype=torch.float64)).argmax(1)
+    weights, facts = fitted(hidden, offset, target, bias)
+    assert weights.shape == (4, 6 + bias)
+    scale = hidden.pow(2).mean().sqrt()
+    w = torch.cat([weights[:, :6] * scale, weights[:, 6:]], 1).requires_grad_()
+    x = torch.cat([hidden / scale, torch.ones(200, int(bias), dtype=torch.float64)], 1)
+    loss = cross_entropy(offset + x @ w.T, target) + facts["ridge"] / 2 * w.pow(2).sum()
+    (gradient,) = torch.autograd.grad(loss, w)
+    assert gradient.abs().max() < 1e-5
+    assert facts["ridge"] == min(RIDGES)  # the labels are a linear map's: nothing speaks for shrinking
+    assert facts["loss_after"] < 0.5 * facts["loss_before"]
+
+
+def test_labels_of_chance_are_answered_by_the_strongest_ridge() -> None:
+    g = torch.Generator().manual_seed(0)
+    _, facts = fitted(torch.randn(100, 30, generator=g), torch.zeros(100, 2), torch.randint(2, (100,), generator=g))
+    assert facts["ridge"] == max(RIDGES)
+
+
+def test_hidden_states_that_are_not_finite_are_named() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        fitted(torch.full((10, 2), torch.nan), torch.zeros(10, 2), torch.zeros(10, dtype=torch.long))
+
+
+def test_too_few_rows_are_named() -> None:
+    with pytest.raises(ValueError, match=r"zo_head_samples=4.*at least 5"):
+        fitted(torch.ones(4, 2), torch.zeros(4, 2), torch.zeros(4, dtype=torch.long))
+
+
+# ---- where it is written -----------------------------------------------------------------------------------------------
+
+
+def test_the_adapter_adds_the_fit_to_the_options_and_nothing_to_other_tokens() -> None:
+    model = attach(tiny_llama(), 4, with_head=True)
+    logits, data = logits_of(model), batches()
+    before = [logits(batch) for batch in data]
+    facts = fit_head(model, data, logits)
+    assert facts["rows"] == ROWS
+    assert facts["loss_after"] < facts["loss_before"]
+    others = [t for t in range(VOCABULARY) if t not in TOKENS]
+    hidden, offset, target, wrote = [], [], [], []
+    for batch, old in zip(data, before, strict=True):
+        new = logits(batch)
+        assert torch.equal(new[..., others], old[..., others])
+        last = batch["attention_mask"].sum(1) - 1
+        place = torch.arange(len(last)), last
+        with torch.no_grad():
+            states = model.get_base_model().model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+        hidden.append(states[place])
+        offset.append(old[place][:, TOKENS])
+        wrote.append((new - old)[place][:, TOKENS])
+        target.append(batch["labels"]["target"])
+    weights, _ = fitted(torch.cat(hidden), torch.cat(offset), torch.cat(target))
+    torch.testing.assert_close(torch.cat(wrote), torch.cat(hidden) @ weights.T.float(), atol=1e-5, rtol=1e-4)
+    a = factors_of(output_layer(model))[0]
+    torch.testing.assert_close(a @ a.T, torch.eye(4), atol=1e-5, rtol=0)  # as ZO-Act wants its bases
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_classifier_gets_the_fit_as_its_weights(family: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+    common: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, **sizes}
+    model: Any = (
+        BertForSequenceClassification(BertConfig(**common))
+        if family == "bert"
+        else LlamaForSequenceClassification(LlamaConfig(**common))
+    ).eval()
+    data = [{**batch, "labels": batch["labels"]["target"]} for batch in batches()]
+    kept: list[torch.Tensor] = []
+    layer = output_layer(model)
+    handle = layer.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    facts = fit_head(model, data, logits_of(model))
+    handle.remove()
+    hidden = torch.cat(
+        [
+            states if states.ndim == 2 else states[torch.arange(len(states)), batch["attention_mask"].sum(1) - 1]
+            for states, batch in zip(kept, data, strict=True)
+        ]
+    )
+    target = torch.cat([batch["labels"] for batch in data])
+    weights, again = fitted(hidden, torch.zeros(ROWS, 3), target, bias=family == "bert")
+    assert facts == again
+    torch.testing.assert_close(layer.weight, nn.Parameter(weights[:, :16].float()))
+    if family == "bert":
+        torch.testing.assert_close(layer.bias, nn.Parameter(weights[:, 16].float()))
+
+
+def test_a_language_model_that_generalises_worse_stays_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    model = attach(tiny_llama(), 4, with_head=True)
+    data = batches()
+    logits = logits_of(model)
+    for batch in data:  # the model is right already
+        batch["labels"]["target"] = option_scores(1000 * logits(batch), batch["labels"]).argmax(1)
+
+    def certain(batch: Any) -> torch.Tensor:
+        return 1000 * logits(batch)
+
+    before = weights_of(model)
+    facts = fit_head(model, data, certain)
+    assert facts["loss_after"] == facts["loss_before"]
+    assert_same_weights(before, weights_of(model))
+    assert "stays as it was" in caplog.text
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_layer_without_adapter_is_named(tmp_path: Path) -> None:
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="add 'lm_head' to the adapter's target_modules"):
+        trainer(tmp_path, lora, zo_method="mezo", zo_act_samples=64)
+
+
+def test_a_classifier_with_a_frozen_head_is_named() -> None:
+    model = BertForSequenceClassification(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(ValueError, match="trainable `classifier`"):
+        fit_head(model.requires_grad_(False), [], logits_of(model))
+
+
+def test_label_tokens_are_named(tmp_path: Path) -> None:
+    run = trainer_of(tmp_path, "zo_act", zo_head_samples=8)
+    with pytest.raises(ValueError, match="zo_head_samples needs labels that are classes, or options"):
+        run.train()
+
+
+def test_options_that_vary_are_named() -> None:
+    model = attach(tiny_llama(), 4, with_head=True)
+    data = [*batches(), options([torch.tensor([1, 2, 3])], [7, 11, 5])]
+    with pytest.raises(ValueError, match="single tokens and the same for every row"):
+        fit_head(model, data, logits_of(model))
+
+
+def test_options_of_several_tokens_are_named() -> None:
+    model = attach(tiny_llama(), 4, with_head=True)
+    data = batches()
+    data[0]["labels"]["scored"][0, 1, 3] = data[0]["labels"]["scored"][0, 0, 3]
+    with pytest.raises(ValueError, match="single tokens and the same for every row"):
+        fit_head(model, data, logits_of(model))
+
+
+# ---- in the trainer ----------------------------------------------------------------------------------------------------
+
+
+def head_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in weights_of(model).items() if "lm_head" in name and "lora" in name}
+
+
+def test_the_trainer_fits_once_and_freezes(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    start = losses(run.model)
+    run.create_optimizer()
+    fit = head_of(run.model)
+    assert fit.keys() == {f"base_model.model.lm_head.lora_{x}.default.weight" for x in "AB"}
+    assert losses(run.model) < 0.9 * start
+    run.train()
+    assert_same_weights(fit, head_of(run.model))
+    assert not any("lm_head" in name for name in trained_of(run.model))
+
+
+def test_random_states_are_left_alone(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    run.create_optimizer()
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_saved_adapter_holds_no_embedding_and_is_taken_up_without_a_new_fit(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run")
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert all("lora" in name for name in saved)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved", is_trainable=True)
+    assert losses(loaded) == pytest.approx(losses(run.model), abs=1e-6)
+    again = trainer(tmp_path / "again", loaded, zo_head_samples=16)
+    again.create_optimizer()
+    assert_same_weights(head_of(run.model), head_of(again.model))
+    assert trained_of(again.model).keys() == trained_of(run.model).keys()
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_resumed_run_equals_the_whole_one(tmp_path: Path, weights: bool) -> None:
+    more = {"save_strategy": "steps", "save_steps": 2, "zo_save_weights": weights}
+    whole = trainer(tmp_path / "a", **more)
+    whole.train()
+    resumed = trainer(tmp_path / "b", **more)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+
+
+def test_a_replay_equals_the_run(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    run.save_model(str(tmp_path))
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name and "lm_head" not in name:
+                p.zero_()
+    rebuilt = replay(model, Trajectory.read(tmp_path))
+    assert_same_weights(weights_of(run.model), weights_of(rebuilt))
+
+
+def test_lora_with_an_adapter_on_the_output_layer_is_fitted_too(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    run = trainer(tmp_path, get_peft_model(tiny_llama(), config), zo_method="mezo", zo_act_samples=64)
+    start = losses(run.model)
+    run.create_optimizer()
+    assert losses(run.model) < 0.9 * start
+    assert trained_of(run.model)
+    assert not any("lm_head" in name for name in trained_of(run.model))
+
+
+def test_the_card_tells_of_it(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    run.create_model_card()
+    assert "fitted to 48 rows first" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "run_facts.json").read_text())["settings"]["output layer"] == "fitted to 48 rows first"
+
+
+def test_without_it_nothing_is_on_the_output_layer(tmp_path: Path) -> None:
+    run = ZOTrainer(
+        tiny_llama(),
+        ZOTrainingArguments(str(tmp_path), zo_method="zo_act", zo_act_samples=8, use_cpu=True),
+        train_dataset=Sentences(),
+        data_collator=collate,
+    )
+    assert head_of(run.model) == {}
