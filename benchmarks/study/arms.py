@@ -112,6 +112,8 @@ ARMS: dict[str, Arm] = {
         zo_act_rank=1,
         zo_per_example=True,
     ),
-    "zo-act-probe": _zo_act("ZO-Act after a linear probe", "as ZO-Act", **_PROBE),
+    "zo-act-probe": _zo_act(
+        "ZO-Act after a linear probe", "of this package, a tenth of ZO-Act's: it starts near a minimum", rate=1e-4, **_PROBE
+    ),
     "zo-act-sgd": _zo_act("ZO-Act, SGD", "not published: MeZO's for LoRA", rate=RECOMMENDED["mezo"]["lora"][0], optim="sgd"),
 }
