@@ -124,7 +124,8 @@ def outcome(group: Sequence[Result]) -> Outcome:
         label=config["label"],
         multiplier=best,
         edge=len(tried) > 1 and best in (min(tried), max(tried)),
-        rate=None if best is None or config["kind"] in ("prompt", "probe") else config["rate"] * best,
+        # Without a final run tuning may not have ended, and what is best so far is no choice.
+        rate=None if best is None or not final or config["kind"] in ("prompt", "probe") else config["rate"] * best,
         scores={r["config"]["seed"]: 100 * score_of(r) for r in final},
         cells=final,
     )
