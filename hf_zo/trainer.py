@@ -15,7 +15,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,36 +23,21 @@ import torch
 import torch.distributed
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.memory import clear_device_cache
-from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from .adapters import (
-    adapted_head,
-    adapted_layers,
-    attach,
-    basis_of,
-    calibrate,
-    check_basis,
-    draw_basis,
-    factors_of,
-    freeze_basis,
-    freeze_head,
-)
-from .checkpoints import is_weightless
 from .directions import Probe, space_of
-from .engine_runs import EngineRuns
 from .estimators import METHODS, Estimator
-from .head import fit_head, output_layer
 from .hub.callbacks import ZOTrainerCallback, card_of
 from .objectives import OBJECTIVES, contributions, example_count, label_count, shifts_labels
 from .optimizer import ZOOptimizer
 from .packing import Packing, example_of_items, numbered
 from .precision import LossesSeen, fp32_losses
+from .preparation import Preparation
 from .runtimes import TorchRuntime
 from .runtimes.remote import Server
-from .runtimes.torch import Randomness, evaluation_mode
+from .runtimes.torch import evaluation_mode
 from .tasks.scoring import OptionLabels
 from .training_args import Trained, ZOTrainingArguments, recommended
 
@@ -63,7 +48,7 @@ class NonFiniteLossError(FloatingPointError):
     """A probe gave NaN or infinity. The weights are restored and nothing was applied."""
 
 
-class ZOTrainerMixin(EngineRuns):
+class ZOTrainerMixin(Preparation):
     """Turns a Trainer subclass into a forward-only one: ``class MyTrainer(ZOTrainerMixin, Seq2SeqTrainer)``.
 
     The training arguments must derive from `ZOTrainingArguments`; for a trainer with arguments of its own, combine them:
@@ -109,14 +94,12 @@ class ZOTrainerMixin(EngineRuns):
         self._window: list[dict[str, Any]] = []
         self._runtime: TorchRuntime | None = None
         self._last_loss = math.nan
-        self._calibrated = False
         self._metrics_of_step: dict[str, float] = {}
         if args.zo_method == "zo_act" and model is not None:
             model = self._with_basis_adapter(model, args)
         super().__init__(model, args, *rest, **kwargs)
         if args.zo_head_samples:
-            output_layer(self.model)  # or an error
-            freeze_head(self.model)
+            self._check_head(self.model)
         self._check_model(self.model)
         self._engine = self._engine_of(self.model)
         if args.zo_server is not None:
@@ -130,95 +113,6 @@ class ZOTrainerMixin(EngineRuns):
         self._resolve_defaults()
 
     # ---- construction ----------------------------------------------------------------------------------------------
-
-    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The Trainer's, with ZO-Act's adapter where that is the method."""
-        model = super().call_model_init(*args, **kwargs)
-        return self._with_basis_adapter(model, self.args) if self.args.zo_method == "zo_act" else model
-
-    def _with_basis_adapter(self, model: nn.Module, args: ZOTrainingArguments) -> nn.Module:
-        """Before the Trainer sees the model: a quantised one is refused without an adapter."""
-        if isinstance(model, PeftModel):
-            check_basis(model)
-            freeze_basis(model)
-            self._calibrated = True
-            return model
-        targets = args.zo_act_targets
-        self._calibrated = False
-        return attach(
-            model,
-            args.zo_act_rank,
-            targets if targets in ("all-linear", "one-block") else targets.split(","),
-            with_head=args.zo_head_samples > 0,
-        )
-
-    def _calibrate(self) -> None:
-        """Make ZO-Act's basis from training rows, the same on every process, and leave all random states alone."""
-        if self.args.zo_act_basis == "random":
-            draw_basis(self.model, int(self.args.zo_seed or 0))
-            self._calibrated = True
-            return
-        batches = self.training_batches(self.args.zo_act_samples)
-        with evaluation_mode(self.model), Randomness(self.model.parameters()):
-            captured = calibrate(
-                self.model,
-                batches,
-                self.plain_forward,
-                seed=int(self.args.zo_seed or 0),
-                exclude_first_token=self.args.zo_act_exclude_first_token,
-            )
-        self._calibrated = True
-        shares = sorted(captured.values())
-        logger.info(
-            "ZO-Act: bases of %d layers from %d batches keep %.0f %% of their inputs' energy (median; least %.0f %%).",
-            len(shares),
-            len(batches),
-            100 * shares[len(shares) // 2],
-            100 * shares[0],
-        )
-
-    def _fit_head(self) -> None:
-        """Fit the output layer to training rows, the same on every process, and leave all random states alone."""
-        head = adapted_head(self.model)
-        if head is not None and factors_of(head)[1].any():
-            return  # an adapter that was passed brings its own
-        with evaluation_mode(self.model), Randomness(self.model.parameters()), torch.no_grad():
-            batches = [self._prepare_inputs(batch) for batch in self.training_batches(self.args.zo_head_samples)]
-            found = fit_head(self.model, batches, self._logits)
-        logger.info(
-            "The output layer, fitted to %d rows with ridge %g, takes the loss of left-out rows from %.3f to %.3f.",
-            found["rows"],
-            found["ridge"],
-            found["loss_before"],
-            found["loss_after"],
-        )
-
-    def training_batches(self, wanted: int) -> list[dict[str, Any]]:
-        """``wanted`` training rows, collated and on the device, in batches of the training's size."""
-        rows = self._training_rows(wanted)
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        size = self.args.per_device_train_batch_size
-        return [super(ZOTrainerMixin, self)._prepare_inputs(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
-
-    def plain_forward(self, inputs: Mapping[str, Any]) -> None:
-        """One forward pass as training makes it, under the weights as they stand."""
-        with self.compute_loss_context_manager():
-            super().compute_loss(self.model, dict(inputs))
-
-    def _logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """What the model makes of a prepared batch."""
-        with self.compute_loss_context_manager():
-            return self.compute_loss(self.model, dict(inputs), return_outputs=True)[1]["logits"]
-
-    def _training_rows(self, wanted: int) -> list[Any]:
-        """``wanted`` training rows: evenly spread where the data set has a length, else the first."""
-        data: Any = self.train_dataset
-        if data is None:
-            raise ValueError("The trainer needs a train_dataset: ZO-Act's basis and zo_head_samples start from training rows.")
-        if not hasattr(data, "__len__"):
-            return list(itertools.islice(iter(data), wanted))
-        count = min(wanted, len(data))
-        return [data[i * len(data) // count] for i in range(count)]
 
     def _packing_of(self, model: nn.Module) -> Packing:
         # A subclass with a compute_loss of its own reads the outputs in ways that nobody can foresee.
@@ -293,17 +187,10 @@ class ZOTrainerMixin(EngineRuns):
         if isinstance(getattr(self.optimizer, "optimizer", self.optimizer), ZOOptimizer):
             return self.optimizer  # train() again, or a retry with a smaller batch
         model = self.model if model is None else model
-        if self.args.zo_method == "zo_act":
-            freeze_basis(model)  # resuming has loaded the adapter as trainable
-            if not self._calibrated and (self._resume_from is None or is_weightless(self._resume_from)):
-                self._calibrate()
-        if self.args.zo_head_samples:
-            freeze_head(model)
-            if self._resume_from is None or is_weightless(self._resume_from):
-                self._fit_head()
         if self._packing.model is not model:
             self._engine = self._engine_of(model)
             self._packing = self._packing_of(model)
+        self._prepare_start(model)
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Resuming has loaded the weights by now, and PEFT loads a 16-bit adapter as fp32: the values are the same, but the
         # run would go on with other roundings.
@@ -326,20 +213,11 @@ class ZOTrainerMixin(EngineRuns):
         runs = self._packing.runs if self.args.zo_per_example else None
         self._runtime = TorchRuntime(params, self.args.zo_restore, None if self.args.torch_compile else model, runs)
         self.optimizer = ZOOptimizer(groups, {p: name for name, p in params.items()}, estimator, inner)
-        bases = [basis_of(layer) for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
-        head = adapted_head(model) if self.args.zo_head_samples else None
-        fitted = [] if head is None else factors_of(head)
-        self._agree_on_weights([*params.values(), *bases, *fitted])
+        self._agree_on_weights(model)
         if self.args.zo_trajectory:
             self._zo_optimizer.register_step_post_hook(self._record)
             self._open_log()
         return self.optimizer
-
-    def _agree_on_weights(self, params: Iterable[torch.Tensor]) -> None:
-        """Start from rank 0's weights everywhere; from then on equal losses keep the ranks equal."""
-        if self.accelerator.num_processes > 1:
-            for p in params:
-                torch.distributed.broadcast(p.detach().view(-1).view(torch.uint8), src=0)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; callbacks that look at the trainer get to know it first."""

@@ -221,7 +221,7 @@ def test_a_random_basis_is_orthonormal_keyed_and_looks_at_nothing(tmp_path: Path
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a random basis needs no calibration")
 
-    monkeypatch.setattr("hf_zo.trainer.calibrate", refuse)
+    monkeypatch.setattr("hf_zo.preparation.calibrate", refuse)
     first, again, other = bases_after(1), bases_after(1), bases_after(2)
     assert len({tuple(basis.flatten().tolist()) for basis in first.values()}) == len(first) == 14
     for name, basis in first.items():

@@ -1,0 +1,159 @@
+"""What a run does before its first step: ZO-Act's adapter and its basis, and the fit of the output layer.
+
+Both are made from training rows, the same on every process, and are part of the start of a run: a run that is resumed with its
+weights has them, one that is walked to along its trajectory makes them again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed
+from peft import PeftModel
+from torch import nn
+
+from .adapters import (
+    adapted_head,
+    adapted_layers,
+    attach,
+    basis_of,
+    calibrate,
+    check_basis,
+    draw_basis,
+    factors_of,
+    freeze_basis,
+    freeze_head,
+)
+from .checkpoints import is_weightless
+from .engine_runs import EngineRuns
+from .head import fit_head, output_layer
+from .runtimes.torch import Randomness, evaluation_mode
+from .training_args import ZOTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class Preparation(EngineRuns):
+    """What `ZOTrainerMixin` does before the first step."""
+
+    _calibrated = False
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The Trainer's, with ZO-Act's adapter where that is the method."""
+        model = super().call_model_init(*args, **kwargs)
+        return self._with_basis_adapter(model, self.args) if self.args.zo_method == "zo_act" else model
+
+    def _with_basis_adapter(self, model: nn.Module, args: ZOTrainingArguments) -> nn.Module:
+        """Before the Trainer sees the model: a quantised one is refused without an adapter."""
+        if isinstance(model, PeftModel):
+            check_basis(model)
+            freeze_basis(model)
+            self._calibrated = True
+            return model
+        targets = args.zo_act_targets
+        self._calibrated = False
+        return attach(
+            model,
+            args.zo_act_rank,
+            targets if targets in ("all-linear", "one-block") else targets.split(","),
+            with_head=args.zo_head_samples > 0,
+        )
+
+    def _check_head(self, model: nn.Module) -> None:
+        """Refuse ``zo_head_samples`` where there is no output layer to fit, and leave what is fitted out of the training."""
+        output_layer(model)
+        freeze_head(model)
+
+    def _prepare_start(self, model: nn.Module) -> None:
+        """Calibrate and fit, unless resuming has loaded the weights."""
+        starts = self._resume_from is None or is_weightless(self._resume_from)
+        if self.args.zo_method == "zo_act":
+            freeze_basis(model)  # resuming has loaded the adapter as trainable
+            if starts and not self._calibrated:
+                self._calibrate()
+        if self.args.zo_head_samples:
+            freeze_head(model)
+            if starts:
+                self._fit_head()
+
+    def _calibrate(self) -> None:
+        """Make ZO-Act's basis from training rows, the same on every process, and leave all random states alone."""
+        if self.args.zo_act_basis == "random":
+            draw_basis(self.model, int(self.args.zo_seed or 0))
+            self._calibrated = True
+            return
+        batches = self.training_batches(self.args.zo_act_samples)
+        with evaluation_mode(self.model), Randomness(self.model.parameters()):
+            captured = calibrate(
+                self.model,
+                batches,
+                self.plain_forward,
+                seed=int(self.args.zo_seed or 0),
+                exclude_first_token=self.args.zo_act_exclude_first_token,
+            )
+        self._calibrated = True
+        shares = sorted(captured.values())
+        logger.info(
+            "ZO-Act: bases of %d layers from %d batches keep %.0f %% of their inputs' energy (median; least %.0f %%).",
+            len(shares),
+            len(batches),
+            100 * shares[len(shares) // 2],
+            100 * shares[0],
+        )
+
+    def _fit_head(self) -> None:
+        """Fit the output layer to training rows, the same on every process, and leave all random states alone."""
+        head = adapted_head(self.model)
+        if head is not None and factors_of(head)[1].any():
+            return  # an adapter that was passed brings its own
+        with evaluation_mode(self.model), Randomness(self.model.parameters()), torch.no_grad():
+            batches = [self._prepare_inputs(batch) for batch in self.training_batches(self.args.zo_head_samples)]
+            found = fit_head(self.model, batches, self._logits)
+        logger.info(
+            "The output layer, fitted to %d rows with ridge %g, takes the loss of left-out rows from %.3f to %.3f.",
+            found["rows"],
+            found["ridge"],
+            found["loss_before"],
+            found["loss_after"],
+        )
+
+    def training_batches(self, wanted: int) -> list[dict[str, Any]]:
+        """``wanted`` training rows, collated and on the device, in batches of the training's size."""
+        rows = self._training_rows(wanted)
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        size, place = self.args.per_device_train_batch_size, super()._prepare_inputs
+        return [place(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
+
+    def plain_forward(self, inputs: Mapping[str, Any]) -> None:
+        """One forward pass as training makes it, under the weights as they stand."""
+        with self.compute_loss_context_manager():
+            super().compute_loss(self.model, dict(inputs))
+
+    def _logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """What the model makes of a prepared batch."""
+        with self.compute_loss_context_manager():
+            outputs: Any = self.compute_loss(self.model, dict(inputs), return_outputs=True)[1]
+        return outputs["logits"]
+
+    def _training_rows(self, wanted: int) -> list[Any]:
+        """``wanted`` training rows: evenly spread where the data set has a length, else the first."""
+        data: Any = self.train_dataset
+        if data is None:
+            raise ValueError("The trainer needs a train_dataset: ZO-Act's basis and zo_head_samples start from training rows.")
+        if not hasattr(data, "__len__"):
+            return list(itertools.islice(iter(data), wanted))
+        count = min(wanted, len(data))
+        return [data[i * len(data) // count] for i in range(count)]
+
+    def _agree_on_weights(self, model: nn.Module) -> None:
+        """Start from rank 0's weights everywhere; from then on equal losses keep the ranks equal."""
+        if self.accelerator.num_processes > 1:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            bases = [basis_of(layer) for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
+            head = adapted_head(model) if self.args.zo_head_samples else None
+            for p in [*trained, *bases, *(() if head is None else factors_of(head))]:
+                torch.distributed.broadcast(p.detach().view(-1).view(torch.uint8), src=0)
