@@ -80,7 +80,7 @@ def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-
     narrow = {name: width for name, module in chosen.items() if (width := min(_shape(module))) < rank}
     for name, width in narrow.items():
         logger.warning("zo_act_rank=%d exceeds a dimension of %s and is %d there.", rank, name, width)
-    head = _head_name(model) if with_head else None
+    head = head_name(model) if with_head else None
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -96,7 +96,7 @@ def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-
 
 
 def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = _head(model)
     # PEFT trains the fresh head of a classifier itself, as a whole.
     new_heads = ("classifier", "score") if _task_type(model) == "SEQ_CLS" else ()
     found: dict[str, nn.Module] = {}
@@ -153,9 +153,15 @@ def _task_type(model: nn.Module) -> str | None:
     return found[0] if found else None
 
 
-def _head_name(model: nn.Module) -> str | None:
+def _head(model: nn.Module) -> nn.Module | None:
+    """The output layer of a language model, under PEFT too; None if the model has none."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, "get_output_embeddings", lambda: None)()
+
+
+def head_name(model: nn.Module) -> str | None:
     """Name of a language model's output layer; None if the model has none."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = _head(model)
     return None if head is None else next(name for name, module in model.named_modules() if module is head)
 
 
@@ -175,8 +181,7 @@ def freeze_head(model: nn.Module) -> None:
 
 def adapted_head(model: nn.Module) -> LoraLayer | None:
     """The LoRA layer on a language model's output layer, if there is one."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = getattr(base, "get_output_embeddings", lambda: None)()
+    head = _head(model)
     return head if isinstance(head, LoraLayer) else None
 
 

@@ -26,7 +26,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .adapters import adapted_head, factors_of
+from .adapters import adapted_head, factors_of, head_name
 from .tasks.scoring import OptionLabels
 
 logger = logging.getLogger(__name__)
@@ -94,13 +94,12 @@ def output_layer(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if there is none, with what to do.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     layer = adapted_head(model)
     if layer is not None:
         return cast(nn.Module, layer)
-    if getattr(base, "get_output_embeddings", lambda: None)() is not None:
-        head = base.get_output_embeddings()
-        name = next(name for name, module in base.named_modules() if module is head)
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = head_name(base)
+    if name is not None:
         raise ValueError(f"zo_head_samples fits an adapter on the output layer; add {name!r} to the adapter's target_modules.")
     heads = [m for name in ("classifier", "score") for m in getattr(base, name, nn.Module()).modules()]
     trained = [m for m in heads if isinstance(m, nn.Linear) and m.weight.requires_grad]
