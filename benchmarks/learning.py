@@ -64,9 +64,9 @@ def run_cells(grid: Grid, folders: Folders, jobs: int, only: str, runner: Runner
 
 
 def process_runner(arguments: argparse.Namespace, grid: Grid, folders: Folders) -> Runner:
-    """Runs a cell in a process of its own, with its share of the cores."""
+    """Runs a cell in a process of its own, with its share of the cores unless OMP_NUM_THREADS says how many."""
     threads = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "TOKENIZERS_PARALLELISM": "false"}
 
     def run(cell: Cell) -> str | None:
         command = [sys.executable, __file__, "cell", str(arguments.grid), cell.name, "--model", str(folders.model)]
