@@ -71,8 +71,13 @@ _PROBE = {"zo_head_samples": 1000}
 ARMS: dict[str, Arm] = {
     "zero-shot": Arm("zero-shot", "prompt", {"base": 1.0}, "nothing is trained"),
     "in-context": Arm("in-context, up to 8 examples", "prompt", {"base": 1.0}, "nothing is trained", demonstrations=8),
+    # The adapter that ZO-Act attaches stays zero: its basis need not be calibrated.
     "linear-probe": Arm(
-        "linear probe", "probe", {"base": 1.0}, "the ridge is cross-validated", {"zo_method": "zo_act", **_PROBE}
+        "linear probe",
+        "probe",
+        {"base": 1.0},
+        "the ridge is cross-validated",
+        {"zo_method": "zo_act", "zo_act_basis": "random", **_PROBE},
     ),
     "first-order": Arm(
         "first-order AdamW",
