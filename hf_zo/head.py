@@ -27,7 +27,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .adapters import adapted_head, factors_of, head_name
-from .tasks.scoring import OptionLabels
+from .tasks.scoring import OptionCollator, OptionLabels
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,32 @@ def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Log
     return facts
 
 
+def fittable(model: nn.Module, collator: Any, rows: Sequence[Any]) -> bool:
+    """Whether `fit_head` can be expected to work, judged by what is there before the Trainer is.
+
+    Args:
+        model: of a language model, the base model or one with an adapter on its output layer.
+        collator: of the training; prompts with options are known by `OptionCollator`.
+        rows: training rows, as the collator takes them.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(collator, OptionCollator):
+        has_place = head_name(base) is not None and (base is model or adapted_head(model) is not None)
+        options = {_single_tokens(row) for row in rows}
+        return has_place and len(options) == 1 and None not in options
+    labels = [row.get("labels", row.get("label")) if isinstance(row, Mapping) else None for row in rows]
+    classes = all(isinstance(x, int) or (isinstance(x, torch.Tensor) and x.dtype == torch.long and not x.ndim) for x in labels)
+    return bool(labels) and classes and head_name(base) is None and bool(_trained_heads(base))
+
+
+def _single_tokens(row: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The options' tokens; None if they are not one token each, at one place."""
+    scored = sorted(row["scored"], key=lambda record: record[3])
+    in_order = [option for *_, option in scored] == list(range(len(scored)))
+    one_place = len({(number, position) for number, position, *_ in scored}) == 1
+    return tuple(token for _, _, token, _ in scored) if in_order and one_place else None
+
+
 def output_layer(model: nn.Module) -> nn.Module:
     """The linear layer that `fit_head` changes.
 
@@ -101,14 +127,19 @@ def output_layer(model: nn.Module) -> nn.Module:
     name = head_name(base)
     if name is not None:
         raise ValueError(f"zo_head_samples fits an adapter on the output layer; add {name!r} to the adapter's target_modules.")
-    heads = [m for name in ("classifier", "score") for m in getattr(base, name, nn.Module()).modules()]
-    trained = [m for m in heads if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    trained = _trained_heads(base)
     if not trained:
         raise ValueError(
             "zo_head_samples fits the output layer of a language model with an adapter on it, or the trainable `classifier` or "
             f"`score` of a classifier; {type(base).__name__} has neither. Set it to 0."
         )
     return trained[-1]
+
+
+def _trained_heads(base: nn.Module) -> list[nn.Linear]:
+    """Trainable linear layers of a classifier's head."""
+    modules = [m for name in ("classifier", "score") for m in getattr(base, name, nn.Module()).modules()]
+    return [m for m in modules if isinstance(m, nn.Linear) and m.weight.requires_grad and m.out_features > 1]
 
 
 def read(layer: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Logits) -> Readings:

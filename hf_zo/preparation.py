@@ -30,9 +30,9 @@ from .adapters import (
 )
 from .checkpoints import is_weightless
 from .engine_runs import EngineRuns
-from .head import fit_head, output_layer
+from .head import fit_head, fittable, output_layer
 from .runtimes.torch import Randomness, evaluation_mode
-from .training_args import ZOTrainingArguments
+from .training_args import AUTO_HEAD_SAMPLES, ZOTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Preparation(EngineRuns):
     """What `ZOTrainerMixin` does before the first step."""
 
     _calibrated = False
+    _given: tuple[Any, Any] = (None, None)  # data collator and training rows, before the Trainer has them
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The Trainer's, with ZO-Act's adapter where that is the method."""
@@ -49,6 +50,12 @@ class Preparation(EngineRuns):
 
     def _with_basis_adapter(self, model: nn.Module, args: ZOTrainingArguments) -> nn.Module:
         """Before the Trainer sees the model: a quantised one is refused without an adapter."""
+        if args.zo_auto:
+            collator, data = self._given
+            rows = [] if data is None else spread(data, AUTO_HEAD_SAMPLES)
+            fits = args.zo_runtime == "torch" and fittable(model, collator, rows)
+            args.zo_head_samples = AUTO_HEAD_SAMPLES if fits else 0
+            logger.info("zo_method='auto': ZO-Act%s.", ", after a fit of the output layer" if fits else " alone, without a fit")
         if isinstance(model, PeftModel):
             check_basis(model)
             freeze_basis(model)
@@ -140,14 +147,10 @@ class Preparation(EngineRuns):
         return outputs["logits"]
 
     def _training_rows(self, wanted: int) -> list[Any]:
-        """``wanted`` training rows: evenly spread where the data set has a length, else the first."""
-        data: Any = self.train_dataset
-        if data is None:
+        """``wanted`` training rows, see `spread`."""
+        if self.train_dataset is None:
             raise ValueError("The trainer needs a train_dataset: ZO-Act's basis and zo_head_samples start from training rows.")
-        if not hasattr(data, "__len__"):
-            return list(itertools.islice(iter(data), wanted))
-        count = min(wanted, len(data))
-        return [data[i * len(data) // count] for i in range(count)]
+        return spread(self.train_dataset, wanted)
 
     def _agree_on_weights(self, model: nn.Module) -> None:
         """Start from rank 0's weights everywhere; from then on equal losses keep the ranks equal."""
@@ -157,3 +160,11 @@ class Preparation(EngineRuns):
             head = adapted_head(model) if self.args.zo_head_samples else None
             for p in [*trained, *bases, *(() if head is None else factors_of(head))]:
                 torch.distributed.broadcast(p.detach().view(-1).view(torch.uint8), src=0)
+
+
+def spread(data: Any, wanted: int) -> list[Any]:
+    """``wanted`` rows of a data set: evenly spread where it has a length, else the first."""
+    if not hasattr(data, "__len__"):
+        return list(itertools.islice(iter(data), wanted))
+    count = min(wanted, len(data))
+    return [data[i * len(data) // count] for i in range(count)]

@@ -95,6 +95,10 @@ class ZOTrainerMixin(Preparation):
         self._runtime: TorchRuntime | None = None
         self._last_loss = math.nan
         self._metrics_of_step: dict[str, float] = {}
+        self._given = (
+            kwargs.get("data_collator", rest[0] if rest else None),
+            kwargs.get("train_dataset", rest[1] if len(rest) > 1 else None),
+        )
         if args.zo_method == "zo_act" and model is not None:
             model = self._with_basis_adapter(model, args)
         super().__init__(model, args, *rest, **kwargs)
@@ -136,7 +140,7 @@ class ZOTrainerMixin(Preparation):
                 )
 
     def _resolve_defaults(self) -> None:
-        lr, eps = recommended(self.args.zo_method, trained_kind(self.model))
+        lr, eps = recommended(self.args.zo_method, trained_kind(self.model), self.args.zo_head_samples > 0)
         if self.args.learning_rate is None:
             self.args.learning_rate = lr
         if self.args.zo_eps is None:

@@ -38,13 +38,19 @@ RECOMMENDED: dict[str, dict[Trained, tuple[float, float]]] = {
     "zo_act": {"lora": (1e-3, 1e-2)},
 }
 
+# A run that starts at the minimum of its output layer starts near a minimum (benchmarks/LEARNING.md).
+AFTER_HEAD = {"zo_act": 0.1}
+
+AUTO_HEAD_SAMPLES = 1000  # hidden states of a training row are a few kilobytes, the fit takes seconds
+
 # Layer-wise optimizers update inside the backward pass, which does not exist here.
 _NEEDS_BACKWARD = ("lomo", "adalomo", "layerwise")
 
 
-def recommended(method: str, trained: Trained) -> tuple[float, float]:
-    """``(learning_rate, zo_eps)`` for a method and for what it trains."""
-    return RECOMMENDED[method][trained]
+def recommended(method: str, trained: Trained, after_head: bool = False) -> tuple[float, float]:
+    """``(learning_rate, zo_eps)`` for a method and for what it trains, with ``zo_head_samples`` or without."""
+    learning_rate, eps = RECOMMENDED[method][trained]
+    return learning_rate * (AFTER_HEAD.get(method, 1.0) if after_head else 1.0), eps
 
 
 @dataclass
@@ -53,7 +59,9 @@ class ZOTrainingArguments(TrainingArguments):
 
     Args:
         zo_method (`str`, defaults to `"mezo"`):
-            Gradient estimator, a key of `hf_zo.estimators.METHODS`.
+            Gradient estimator, a key of `hf_zo.estimators.METHODS`; or `"auto"`, the recipe of benchmarks/LEARNING.md: ZO-Act,
+            after the output layer is fitted to 1,000 training rows (`zo_head_samples`) where that can be, for classifiers and
+            for prompts whose options are single tokens.
         zo_eps (`float`, *optional*):
             Smoothing radius. Default: 1e-3 for full-parameter runs, 1e-2 for LoRA, 1e-1 for prefix and prompt tuning, the
             values of MeZO's published runs. Smaller is less biased and noisier; below 1e-4 it no longer resolves bf16
@@ -149,7 +157,7 @@ class ZOTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Off: a non-finite loss raises or is counted, see zo_nonfinite."}
     )
 
-    zo_method: str = field(default="mezo", metadata={"help": f"Gradient estimator: {', '.join(METHODS)}."})
+    zo_method: str = field(default="mezo", metadata={"help": f"Gradient estimator: {', '.join(METHODS)}, or auto."})
     zo_eps: float | None = field(default=None, metadata={"help": "Smoothing radius. Default: by what is trained."})
     zo_num_directions: int | None = field(default=None, metadata={"help": "Directions per step. Default: the method's."})
     zo_direction: Entries = field(default="gaussian", metadata={"help": "'gaussian', 'rademacher' or 'factorised'."})
@@ -205,6 +213,9 @@ class ZOTrainingArguments(TrainingArguments):
     zo_act_basis: str = field(default="activations", metadata={"help": "'activations', or 'random' as a control."})
 
     def __post_init__(self) -> None:
+        self.zo_auto = self.zo_method == "auto" and not self.zo_head_samples  # the trainer decides on the output layer
+        if self.zo_method == "auto":
+            self.zo_method = "zo_act"
         if self.optim is None:
             self.optim = "adamw_torch" if self.zo_method == "zo_act" else "sgd"
         self._check_domains()

@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from hf_zo import Trajectory, ZOTrainer, ZOTrainingArguments, replay
 from hf_zo.adapters import attach, factors_of
 from hf_zo.head import RIDGES, fit_head, fitted, output_layer
-from hf_zo.tasks import OptionLabels, option_loss
+from hf_zo.tasks import OptionCollator, OptionLabels, option_loss
 from hf_zo.tasks.scoring import option_scores
 
 TOKENS = [7, 11, 23]  # of the options
@@ -334,3 +334,79 @@ def test_without_it_nothing_is_on_the_output_layer(tmp_path: Path) -> None:
         data_collator=collate,
     )
     assert head_of(run.model) == {}
+
+
+# ---- zo_method="auto" --------------------------------------------------------------------------------------------------
+
+
+class Encoded(Dataset):
+    """Prompts as `OptionCollator` takes them, two options of one token after each; the last token tells which is right."""
+
+    def __init__(self, second_token: int | None = None) -> None:
+        self.prompts, self.second_token = Prompts(), second_token
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        ids = [*self.prompts[i].tolist(), 20 + i % 2]
+        tokens = (5, 9 if self.second_token is None or i else self.second_token)
+        scored = [(0, len(ids) - 1, token, option) for option, token in enumerate(tokens)]
+        return {"rows": [ids], "scored": scored, "target": i % 2}
+
+
+class Pad:
+    padding_side, pad_token_id = "right", 0
+
+
+def automatic(folder: Path, data: Any, collator: Any, model: nn.Module | None = None, **more: Any) -> ZOTrainer:
+    arguments = ZOTrainingArguments(
+        str(folder), zo_method="auto", zo_act_samples=8, use_cpu=True, report_to="none", **{"max_steps": 2, **more}
+    )
+    loss = {"compute_loss_func": option_loss} if isinstance(collator, OptionCollator) else {}
+    return ZOTrainer(tiny_llama() if model is None else model, arguments, train_dataset=data, data_collator=collator, **loss)
+
+
+def test_auto_fits_the_output_layer_of_a_model_that_chooses_among_options(tmp_path: Path) -> None:
+    run = automatic(tmp_path, Encoded(), OptionCollator(Pad()), remove_unused_columns=False)  # type: ignore[arg-type]
+    assert (run.args.zo_method, run.args.zo_head_samples, run.args.optim) == ("zo_act", 1000, "adamw_torch")
+    assert run.args.learning_rate == pytest.approx(1e-4)
+    run.train()
+    assert any(p.any() for name, p in head_of(run.model).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("data", "collator", "more"),
+    [
+        (Sentences(), collate, {}),
+        (Encoded(second_token=7), OptionCollator(Pad()), {"remove_unused_columns": False}),  # type: ignore[arg-type]
+    ],
+    ids=["sentences", "options that vary"],
+)
+def test_auto_is_zo_act_alone_where_there_is_nothing_to_fit(tmp_path: Path, data: Any, collator: Any, more: Any) -> None:
+    run = automatic(tmp_path, data, collator, **more)
+    assert (run.args.zo_method, run.args.zo_head_samples) == ("zo_act", 0)
+    assert run.args.learning_rate == pytest.approx(1e-3)
+    assert head_of(run.model) == {}
+
+
+def test_auto_fits_a_classifier(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
+    rows = [{"input_ids": torch.tensor([1, 2 + i]), "attention_mask": torch.ones(2), "label": i % 3} for i in range(24)]
+    run = automatic(tmp_path, rows, None, model)
+    assert run.args.zo_head_samples == 1000
+    run.train()
+
+
+def test_auto_keeps_what_is_asked_for(tmp_path: Path) -> None:
+    run = automatic(
+        tmp_path,
+        Encoded(),
+        OptionCollator(Pad()),  # type: ignore[arg-type]
+        remove_unused_columns=False,
+        zo_head_samples=8,
+        learning_rate=3e-4,
+    )
+    assert (run.args.zo_head_samples, run.args.learning_rate) == (8, 3e-4)
