@@ -49,6 +49,15 @@ class Arm:
     demonstrations: int = 0
     curvzo_share: float | None = None
 
+    @property
+    def needs_options(self) -> bool:
+        """Whether it fits an output layer, which chooses among options; tasks with free answers have none."""
+        return "zo_head_samples" in self.settings
+
+
+WITHOUT_OPTIONS = {"linear-probe": "zero-shot", "mezo-probe": "mezo", "zo-act-probe": "zo-act"}
+"""What an arm that needs options is where a task has none."""
+
 
 def _zo(
     label: str, method: str, source: str, rates_of: str | None = None, curvzo_share: float | None = None, **settings: Any

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from hf_zo import ZOTrainingArguments
 from hf_zo.estimators import METHODS
-from hf_zo.tasks import Task
+from hf_zo.tasks import TASKS, Task
 from hf_zo.tasks.finetune import ModelArguments
 
 from .arms import FORMS, FORWARDS_PER_FIRST_ORDER_STEP, Arm
@@ -145,9 +145,13 @@ class Grid:
         return [Cell("final", *group, multiplier, seed) for seed in self.seeds]
 
     def groups(self) -> list[tuple[str, str, str]]:
-        """All (task, form, arm), a task after the other."""
+        """All (task, form, arm), a task after the other; an arm that needs options is left out where a task has none."""
         return [
-            (task, form, arm) for task in self.tasks for form in self.forms for arm in self.arms if form in self.arms[arm].rates
+            (task, form, name)
+            for task in self.tasks
+            for form in self.forms
+            for name, arm in self.arms.items()
+            if form in arm.rates and (TASKS[task].options is not None or not arm.needs_options)
         ]
 
     def cells(self) -> dict[str, Cell]:
@@ -160,7 +164,7 @@ class Grid:
         """The model of a cell."""
         lora = {"lora_r": self.lora_r, "lora_alpha": self.lora_alpha, "dtype": self.dtype}
         chosen = {**MODELS[self.model], **lora, **FORMS[cell.form]}
-        if "zo_head_samples" in self.arms[cell.arm].settings and chosen["head"] == "lm":
+        if self.arms[cell.arm].needs_options and chosen["head"] == "lm":
             chosen["lora_target_modules"] = [*chosen["lora_target_modules"], "lm_head"]
         return ModelArguments(str(folder), **chosen)
 

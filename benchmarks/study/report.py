@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from .arms import ARMS, FORWARDS_PER_FIRST_ORDER_STEP
+from .arms import ARMS, FORWARDS_PER_FIRST_ORDER_STEP, WITHOUT_OPTIONS
 from .cell import DIVERGED
 from .claims import CLAIMS, Claim
 from .progress import best_multiplier, score_of
@@ -132,14 +132,18 @@ def outcome(group: Sequence[Result]) -> Outcome:
 
 
 def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tuple[str, str], list[Outcome]]:
-    """Means over the tasks of a grid, by (grid, form): of arms and seeds that were run on all of them."""
+    """Means over the tasks of a grid, by (grid, form): of arms and seeds that were run on all of them.
+
+    Where a task has no options, `WITHOUT_OPTIONS` tells which arm stands for one that needs them.
+    """
     found: dict[tuple[str, str], list[Outcome]] = {}
     for grid, form in dict.fromkeys((grid, form) for grid, _, form in tables):
         of_tasks = [table for (g, _, f), table in tables.items() if (g, f) == (grid, form)]
         if len(of_tasks) < 2:
             continue
-        for first in of_tasks[0]:
-            same = [next((o for o in table if o.arm == first.arm), None) for table in of_tasks]
+        by_arm = [{o.arm: o for o in table} for table in of_tasks]
+        for first in {o.arm: o for table in reversed(of_tasks) for o in table}.values():
+            same = [found_in.get(first.arm, found_in.get(WITHOUT_OPTIONS.get(first.arm, ""))) for found_in in by_arm]
             there = [o for o in same if o is not None]
             seeds = set.intersection(*(set(o.scores) for o in there)) if len(there) == len(of_tasks) else set()
             if seeds:

@@ -95,6 +95,13 @@ def test_arms_that_train_nothing_cost_nothing(study):
     assert {cell.multiplier for cell in grid.cells().values()} == {1.0}
 
 
+def test_arms_that_fit_an_output_layer_are_left_out_where_a_task_has_no_options(study):
+    grid, _ = study(arms=["linear-probe", "zo-act", "zo-act-probe"], tasks=["sst2", "squad"], budget=40)
+    assert [(task, arm) for task, _, arm in grid.groups()] == [
+        ("sst2", "linear-probe"), ("sst2", "zo-act"), ("sst2", "zo-act-probe"), ("squad", "zo-act"),
+    ]  # fmt: skip
+
+
 def test_a_linear_probe_costs_one_pass_and_is_not_tuned(study):
     grid, _ = study(arms=["linear-probe"])
     assert {grid.cost(cell).total for cell in grid.cells().values()} == {4}

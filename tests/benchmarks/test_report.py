@@ -110,6 +110,17 @@ def test_means_over_tasks_are_of_arms_that_ran_on_all_of_them():
     assert mezo.scores == {1: pytest.approx(60.5), 2: pytest.approx(62)}
 
 
+def test_where_a_task_has_no_options_a_probed_arm_counts_as_what_is_left_of_it():
+    def three(arm, score, task, form="base"):
+        return [*tuned(arm, {1: 0.5}, task=task, form=form), cell(arm, score, task=task, form=form)]
+
+    sst2 = [*three("zo-act", 0.7, "sst2"), *three("zo-act-probe", 0.9, "sst2"), *three("mezo", 0.6, "sst2", "lora")]
+    squad = [*three("zo-act", 0.4, "squad"), *three("mezo", 0.2, "squad", "lora")]
+    for order in (sst2 + squad, squad + sst2):
+        means = over_tasks(outcomes(order))["made-up", "lora"]
+        assert {o.arm: pytest.approx(o.scores[1]) for o in means} == {"mezo": 40, "zo-act": 55, "zo-act-probe": 65}
+
+
 def test_verdicts():
     tables = list(outcomes(RESULTS).values())
     worse = Claim("x", "y", "kerzoo", "mezo")
