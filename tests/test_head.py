@@ -370,7 +370,7 @@ def automatic(folder: Path, data: Any, collator: Any, model: nn.Module | None = 
 def test_auto_fits_the_output_layer_of_a_model_that_chooses_among_options(tmp_path: Path) -> None:
     run = automatic(tmp_path, Encoded(), OptionCollator(Pad()), remove_unused_columns=False)  # type: ignore[arg-type]
     assert (run.args.zo_method, run.args.zo_head_samples, run.args.optim) == ("zo_act", 1000, "adamw_torch")
-    assert run.args.learning_rate == pytest.approx(1e-4)
+    assert run.args.learning_rate == pytest.approx(3e-4)
     run.train()
     assert any(p.any() for name, p in head_of(run.model).items() if "lora_B" in name)
 
@@ -407,6 +407,6 @@ def test_auto_keeps_what_is_asked_for(tmp_path: Path) -> None:
         OptionCollator(Pad()),  # type: ignore[arg-type]
         remove_unused_columns=False,
         zo_head_samples=8,
-        learning_rate=3e-4,
+        learning_rate=2e-4,
     )
-    assert (run.args.zo_head_samples, run.args.learning_rate) == (8, 3e-4)
+    assert (run.args.zo_head_samples, run.args.learning_rate) == (8, 2e-4)
