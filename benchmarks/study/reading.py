@@ -63,9 +63,7 @@ def read_grid(file: Path) -> Grid:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
     grid = Grid(name=file.stem, **{**values, "arms": arms})
     _check_values(grid)
-    for group in grid.groups():
-        if group[0] != grid.tasks[0]:
-            break  # arguments do not depend on the task
+    for group in {group[1:]: group for group in grid.groups()}.values():  # arguments do not depend on the task
         for cell in (grid.tune_cells(group)[-1], grid.final_cells(group, 1.0)[0]):
             try:
                 grid.cost(cell)

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from hf_zo.tasks import TASKS
+
 from .arms import ARMS, FORWARDS_PER_FIRST_ORDER_STEP, WITHOUT_OPTIONS
 from .cell import DIVERGED
 from .claims import CLAIMS, Claim
@@ -138,18 +140,20 @@ def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tup
     """
     found: dict[tuple[str, str], list[Outcome]] = {}
     for grid, form in dict.fromkeys((grid, form) for grid, _, form in tables):
-        of_tasks = [table for (g, _, f), table in tables.items() if (g, f) == (grid, form)]
+        of_tasks = {task: {o.arm: o for o in of_table} for (g, task, f), of_table in tables.items() if (g, f) == (grid, form)}
         if len(of_tasks) < 2:
             continue
-        by_arm = [{o.arm: o for o in table} for table in of_tasks]
-        for first in {o.arm: o for table in reversed(of_tasks) for o in table}.values():
-            same = [found_in.get(first.arm, found_in.get(WITHOUT_OPTIONS.get(first.arm, ""))) for found_in in by_arm]
+        for arm, label in {o.arm: o.label for by_arm in of_tasks.values() for o in by_arm.values()}.items():
+            same = [
+                by_arm.get(arm if TASKS[task].options is not None else WITHOUT_OPTIONS.get(arm, arm))
+                for task, by_arm in of_tasks.items()
+            ]
             there = [o for o in same if o is not None]
             seeds = set.intersection(*(set(o.scores) for o in there)) if len(there) == len(of_tasks) else set()
             if seeds:
                 scores = {seed: fmean(o.scores[seed] for o in there) for seed in sorted(seeds)}
                 cells = [cell for o in there for cell in o.cells]
-                found.setdefault((grid, form), []).append(Outcome(first.arm, first.label, None, False, None, scores, cells))
+                found.setdefault((grid, form), []).append(Outcome(arm, label, None, False, None, scores, cells))
     return found
 
 

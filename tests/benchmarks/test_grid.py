@@ -102,6 +102,11 @@ def test_arms_that_fit_an_output_layer_are_left_out_where_a_task_has_no_options(
     ]  # fmt: skip
 
 
+def test_an_arm_that_the_first_task_leaves_out_is_checked_as_well(study):
+    with pytest.raises(GridError, match="arm 'zo-act-probe' cannot run: budget=12 holds no step"):
+        study(arms=["zero-shot", "zo-act-probe"], tasks=["squad", "sst2"], budget=12)
+
+
 def test_a_linear_probe_costs_one_pass_and_is_not_tuned(study):
     grid, _ = study(arms=["linear-probe"])
     assert {grid.cost(cell).total for cell in grid.cells().values()} == {4}

@@ -119,6 +119,9 @@ def test_where_a_task_has_no_options_a_probed_arm_counts_as_what_is_left_of_it()
     for order in (sst2 + squad, squad + sst2):
         means = over_tasks(outcomes(order))["made-up", "lora"]
         assert {o.arm: pytest.approx(o.scores[1]) for o in means} == {"mezo": 40, "zo-act": 55, "zo-act-probe": 65}
+    rte = [*three("zo-act", 0.6, "rte"), *three("mezo", 0.5, "rte", "lora")]  # has options: the probed arm was not run
+    means = over_tasks(outcomes(sst2 + squad + rte))["made-up", "lora"]
+    assert {o.arm for o in means} == {"mezo", "zo-act"}
 
 
 def test_verdicts():
