@@ -18,11 +18,12 @@ as it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -88,30 +89,26 @@ def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Log
     return facts
 
 
-def fittable(model: nn.Module, collator: Any, rows: Sequence[Any]) -> bool:
+def fittable(model: nn.Module, collator: Any, rows: Iterable[Any]) -> bool:
     """Whether `fit_head` can be expected to work, judged by what is there before the Trainer is.
 
     Args:
         model: of a language model, the base model or one with an adapter on its output layer.
         collator: of the training; prompts with options are known by `OptionCollator`.
-        rows: training rows, as the collator takes them.
+        rows: training rows, as the collator takes them; none is read where the model has no place for a fit.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    is_language_model = head_name(model) is not None
     if isinstance(collator, OptionCollator):
-        has_place = head_name(base) is not None and (base is model or adapted_head(model) is not None)
-        options = {_single_tokens(row) for row in rows}
-        return has_place and len(options) == 1 and None not in options
-    labels = [row.get("labels", row.get("label")) if isinstance(row, Mapping) else None for row in rows]
-    classes = all(isinstance(x, int) or (isinstance(x, torch.Tensor) and x.dtype == torch.long and not x.ndim) for x in labels)
-    return bool(labels) and classes and head_name(base) is None and bool(_trained_heads(base))
+        has_place = is_language_model and (not isinstance(model, PeftModel) or adapted_head(model) is not None)
+        prompts = list(rows) if has_place else []
+        return bool(prompts) and _common_options(collator(prompts)["labels"]) is not None
+    return not is_language_model and bool(_trained_heads(model)) and all(_is_class(row) for row in rows)
 
 
-def _single_tokens(row: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The options' tokens; None if they are not one token each, at one place."""
-    scored = sorted(row["scored"], key=lambda record: record[3])
-    in_order = [option for *_, option in scored] == list(range(len(scored)))
-    one_place = len({(number, position) for number, position, *_ in scored}) == 1
-    return tuple(token for _, _, token, _ in scored) if in_order and one_place else None
+def _is_class(row: Any) -> bool:
+    """Whether the label of a training row is a class."""
+    label = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
+    return isinstance(label, int) or (isinstance(label, torch.Tensor) and label.dtype == torch.long and not label.ndim)
 
 
 def output_layer(model: nn.Module) -> nn.Module:
@@ -177,17 +174,26 @@ def read(layer: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Logits)
 _VARYING = "zo_head_samples needs options that are single tokens and the same for every row; set it to 0."
 
 
-def _of_options(hidden: torch.Tensor, logits: torch.Tensor, labels: OptionLabels) -> Readings:
+def _common_options(labels: OptionLabels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Rows [B], positions from their end [B] and tokens [K] of options that are one token each and the same in every example.
+
+    None if they are not.
+    """
     row, from_end, token, option = labels["scored"].unbind(-1)  # [B, K] each
     order = option.argsort(-1)
     row, from_end, token, option = (x.gather(1, order) for x in (row, from_end, token, option))
-    k = token.shape[1]
-    once = (option == torch.arange(k, device=option.device)).all()
+    once = (option == torch.arange(token.shape[1], device=option.device)).all()
     same = (token == token[:1]).all() and (row == row[:, :1]).all() and (from_end == from_end[:, :1]).all()
-    if not (once and same):
+    return (row[:, 0], from_end[:, 0], token[0]) if once and same else None
+
+
+def _of_options(hidden: torch.Tensor, logits: torch.Tensor, labels: OptionLabels) -> Readings:
+    options = _common_options(labels)
+    if options is None:
         raise ValueError(_VARYING)
-    place = row[:, 0], logits.shape[1] - from_end[:, 0]
-    return Readings(hidden[place].float(), logits[place][:, token[0]].float(), labels["target"], token[0])
+    row, from_end, tokens = options
+    place = row, logits.shape[1] - from_end
+    return Readings(hidden[place].float(), logits[place][:, tokens].float(), labels["target"], tokens)
 
 
 def _of_classes(hidden: torch.Tensor, output: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> Readings:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ class Preparation(EngineRuns):
         """Before the Trainer sees the model: a quantised one is refused without an adapter."""
         if args.zo_auto:
             collator, data = self._given
-            rows = [] if data is None else spread(data, AUTO_HEAD_SAMPLES)
-            fits = args.zo_runtime == "torch" and fittable(model, collator, rows)
+            possible = args.zo_runtime == "torch" and data is not None
+            fits = possible and fittable(model, collator, spread(data, AUTO_HEAD_SAMPLES))
             args.zo_head_samples = AUTO_HEAD_SAMPLES if fits else 0
             logger.info("zo_method='auto': ZO-Act%s.", ", after a fit of the output layer" if fits else " alone, without a fit")
         if isinstance(model, PeftModel):
@@ -150,7 +150,7 @@ class Preparation(EngineRuns):
         """``wanted`` training rows, see `spread`."""
         if self.train_dataset is None:
             raise ValueError("The trainer needs a train_dataset: ZO-Act's basis and zo_head_samples start from training rows.")
-        return spread(self.train_dataset, wanted)
+        return list(spread(self.train_dataset, wanted))
 
     def _agree_on_weights(self, model: nn.Module) -> None:
         """Start from rank 0's weights everywhere; from then on equal losses keep the ranks equal."""
@@ -162,9 +162,9 @@ class Preparation(EngineRuns):
                 torch.distributed.broadcast(p.detach().view(-1).view(torch.uint8), src=0)
 
 
-def spread(data: Any, wanted: int) -> list[Any]:
-    """``wanted`` rows of a data set: evenly spread where it has a length, else the first."""
+def spread(data: Any, wanted: int) -> Iterator[Any]:
+    """``wanted`` rows of a data set, read as they are asked for: evenly spread where it has a length, else the first."""
     if not hasattr(data, "__len__"):
-        return list(itertools.islice(iter(data), wanted))
+        return itertools.islice(iter(data), wanted)
     count = min(wanted, len(data))
-    return [data[i * len(data) // count] for i in range(count)]
+    return (data[i * len(data) // count] for i in range(count))
