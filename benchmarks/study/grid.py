@@ -105,7 +105,7 @@ class Grid:
         checkpoints: fractions of the budget after which to evaluate; 1, the end, always belongs to them.
         schedule: of the learning rate.
         max_length: most tokens of a row.
-        dtype: of the weights.
+        dtype: of the weights; not "auto", which depends on the machine: cells of a grid are compared.
         lora_r, lora_alpha: of the LoRA forms.
     """
 
@@ -126,7 +126,7 @@ class Grid:
     checkpoints: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     schedule: str = "linear"
     max_length: int = 256
-    dtype: str = "auto"
+    dtype: str = "float32"
     lora_r: int = 8
     lora_alpha: int = 16
 

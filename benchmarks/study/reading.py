@@ -139,7 +139,7 @@ def _check_values(grid: Grid) -> None:
     if grid.tuning_seed in grid.seeds:
         raise GridError(f"tuning_seed={grid.tuning_seed} is one of seeds={list(grid.seeds)}; the rate was chosen on it.")
     _known("schedule", [grid.schedule], [s.value for s in SchedulerType])
-    _known("dtype", [grid.dtype], ["auto", "float32", "bfloat16", "float16"])
+    _known("dtype", [grid.dtype], ["float32", "bfloat16", "float16"])
     _check_fit(grid)
 
 
