@@ -58,7 +58,22 @@ class Readings:
     tokens: torch.Tensor | None
 
 
-def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Logits) -> dict[str, float]:
+@dataclass
+class HeadFit:
+    """What came of a fit.
+
+    Attributes:
+        facts: ``loss_before`` and ``loss_after`` on left-out rows, the chosen ``ridge``, and ``rows``.
+        left_out: [N, K], scores of the rows by fits that have not seen them; of the layer as it is, if it stays so. fp64, CPU.
+        target: [N], the right class or option. CPU.
+    """
+
+    facts: dict[str, float]
+    left_out: torch.Tensor
+    target: torch.Tensor
+
+
+def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Logits) -> HeadFit:
     """Fit the output layer of ``model`` in place.
 
     Args:
@@ -68,9 +83,6 @@ def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Log
             for every row.
         logits: see `Logits`; called once per batch, without gradients.
 
-    Returns:
-        ``loss_before`` and ``loss_after`` on left-out rows, the chosen ``ridge`` and ``rows``.
-
     Raises:
         ValueError: if there is no such layer, or the labels are of another kind.
     """
@@ -78,15 +90,15 @@ def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Log
     seen = read(layer, batches, logits)
     fresh = seen.tokens is None  # a new layer's scores are noise
     offset = torch.zeros_like(seen.scores) if fresh else seen.scores
-    weights, facts = fitted(seen.hidden, offset, seen.target, bias=fresh and getattr(layer, "bias", None) is not None)
+    weights, facts, left_out = fitted(seen.hidden, offset, seen.target, bias=fresh and getattr(layer, "bias", None) is not None)
     if seen.tokens is None:
         _write_classes(layer, weights)
     elif facts["loss_after"] < facts["loss_before"]:
         _write_options(layer, weights, seen.tokens)
     else:
         logger.warning("The output layer stays as it was: fitted to some rows, it predicts the others worse.")
-        facts["loss_after"] = facts["loss_before"]
-    return facts
+        facts["loss_after"], left_out = facts["loss_before"], offset.double().cpu()
+    return HeadFit(facts, left_out, seen.target.cpu())
 
 
 def fittable(model: nn.Module, collator: Any, rows: Iterable[Any]) -> bool:
@@ -205,7 +217,7 @@ def _of_classes(hidden: torch.Tensor, output: torch.Tensor, logits: torch.Tensor
 
 def fitted(
     hidden: torch.Tensor, offset: torch.Tensor, target: torch.Tensor, bias: bool = False
-) -> tuple[torch.Tensor, dict[str, float]]:
+) -> tuple[torch.Tensor, dict[str, float], torch.Tensor]:
     """Multinomial logistic regression with an offset, its ridge chosen by cross-validation; fp64 on the CPU.
 
     Args:
@@ -215,7 +227,7 @@ def fitted(
         bias: whether the last column of the result multiplies 1 in place of an input.
 
     Returns:
-        Weights [K, D] (+ 1 with bias), and what `fit_head` returns.
+        Weights [K, D] (+ 1 with bias), and ``facts`` and ``left_out`` of `HeadFit`.
 
     Raises:
         ValueError: if a hidden state is not finite, or there are fewer rows than folds.
@@ -229,30 +241,59 @@ def fitted(
     x = x / scale
     if bias:
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-    fold = torch.arange(len(x)) % _FOLDS
-    losses = torch.zeros(len(RIDGES), dtype=torch.float64)
+    start = torch.zeros(z.shape[1], x.shape[1], dtype=torch.float64)
+    w, facts, left_out = cross_validated(lambda some, w: z[some] + x[some] @ w.T, y, start)
+    w[:, : hidden.shape[1]] /= scale
+    return w, facts, left_out
+
+
+def cross_validated(
+    scores: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], target: torch.Tensor, start: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, float], torch.Tensor]:
+    """Parameters of least penalised cross-entropy, their ridge chosen by cross-validation.
+
+    Args:
+        scores: of some rows, given as a mask [N], under parameters of the shape of ``start``: affine in these.
+        target: [N].
+        start: zeros.
+
+    Returns:
+        The parameters, and ``facts`` and ``left_out`` of `HeadFit`.
+    """
+    fold = torch.arange(len(target)) % _FOLDS
+    losses, left_out = torch.zeros(len(RIDGES), dtype=torch.float64), []
     for k in range(_FOLDS):
-        out, w = fold == k, torch.zeros(z.shape[1], x.shape[1], dtype=torch.float64)
+        out, w = fold == k, start
         for i, ridge in enumerate(RIDGES):
-            w = _minimum(x[~out], z[~out], y[~out], ridge, w)
-            losses[i] += nn.functional.cross_entropy(z[out] + x[out] @ w.T, y[out], reduction="sum") / len(x)
-    best = int(losses.argmin())
-    w = _minimum(x, z, y, RIDGES[best], torch.zeros(z.shape[1], x.shape[1], dtype=torch.float64))
-    width = hidden.shape[1]
-    w[:, :width] /= scale
-    before = float(nn.functional.cross_entropy(z, y))
-    return w, {"loss_before": before, "loss_after": float(losses[best]), "ridge": RIDGES[best], "rows": len(x)}
+            w = _minimum(scores, ~out, target, ridge, w)
+            left_out.append(scores(out, w))
+            losses[i] += nn.functional.cross_entropy(left_out[-1], target[out], reduction="sum") / len(target)
+    best, everything = int(losses.argmin()), fold >= 0
+    w = _minimum(scores, everything, target, RIDGES[best], start)
+    before = float(nn.functional.cross_entropy(scores(everything, start), target))
+    facts = {"loss_before": before, "loss_after": float(losses[best]), "ridge": RIDGES[best], "rows": len(target)}
+    folds = left_out[best :: len(RIDGES)]
+    found = torch.zeros(len(target), folds[0].shape[1], dtype=torch.float64)
+    for k, part in enumerate(folds):
+        found[fold == k] = part
+    return w, facts, found
 
 
 @torch.enable_grad()
-def _minimum(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor, ridge: float, start: torch.Tensor) -> torch.Tensor:
-    """Weights [K, D] of least penalised loss."""
+def _minimum(
+    scores: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    rows: torch.Tensor,
+    target: torch.Tensor,
+    ridge: float,
+    start: torch.Tensor,
+) -> torch.Tensor:
+    """Parameters of least penalised loss on some rows."""
     w = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(z + x @ w.T, y) + ridge / 2 * w.pow(2).sum()
+        loss = nn.functional.cross_entropy(scores(rows, w), target[rows]) + ridge / 2 * w.pow(2).sum()
         loss.backward()
         return loss
 

@@ -1,4 +1,4 @@
-"""What a run does before its first step: ZO-Act's adapter and its basis, and the fit of the output layer.
+"""What a run does before its first step: ZO-Act's adapter and its basis, the fit of the output layer and of middle blocks.
 
 Both are made from training rows, the same on every process, and are part of the start of a run: a run that is resumed with its
 weights has them, one that is walked to along its trajectory makes them again.
@@ -29,9 +29,12 @@ from .adapters import (
     freeze_head,
 )
 from .checkpoints import is_weightless
+from .depth import attention_outputs, fit_depth
 from .engine_runs import EngineRuns
-from .head import fit_head, fittable, output_layer
+from .head import HeadFit, fit_head, fittable, output_layer
+from .packing import Packing, numbered
 from .runtimes.torch import Randomness, evaluation_mode
+from .tasks.scoring import OptionLabels, option_scores
 from .training_args import AUTO_HEAD_SAMPLES, ZOTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ logger = logging.getLogger(__name__)
 class Preparation(EngineRuns):
     """What `ZOTrainerMixin` does before the first step."""
 
+    _packing: Packing
     _calibrated = False
     _given: tuple[Any, Any] = (None, None)  # data collator and training rows, before the Trainer has them
 
@@ -118,15 +122,38 @@ class Preparation(EngineRuns):
         if head is not None and factors_of(head)[1].any():
             return  # an adapter that was passed brings its own
         with evaluation_mode(self.model), Randomness(self.model.parameters()), torch.no_grad():
-            batches = [self._prepare_inputs(batch) for batch in self.training_batches(self.args.zo_head_samples)]
+            batches = self.training_batches(self.args.zo_head_samples)
+            if self.args.zo_fit_depth:
+                batches = [numbered(batch, 0) for batch in batches]
+            batches = [self._prepare_inputs(batch) for batch in batches]
             found = fit_head(self.model, batches, self._logits)
-        logger.info(
-            "The output layer, fitted to %d rows with ridge %g, takes the loss of left-out rows from %.3f to %.3f.",
-            found["rows"],
-            found["ridge"],
-            found["loss_before"],
-            found["loss_after"],
-        )
+            logger.info("The output layer: %s", _told(found.facts))
+            if self.args.zo_fit_depth:
+                logger.info("The middle blocks: %s", _told(self._fit_depth(batches, found)))
+
+    def _fit_depth(self, batches: list[dict[str, Any]], found: HeadFit) -> dict[str, float]:
+        """Continue the fit in the middle blocks."""
+        layers = attention_outputs(self.model)
+        if not layers:
+            raise ValueError(
+                "zo_fit_depth=True finds no adapter on an attention layer in the middle of the model; set zo_act_targets to "
+                "'all-linear', or unset it."
+            )
+        mask: torch.Tensor | None = None
+
+        def scores(batch: Mapping[str, Any]) -> torch.Tensor:
+            nonlocal mask
+            mask, labels = batch.get("attention_mask"), batch["labels"]
+            logits = self._logits(batch)
+            return option_scores(logits, labels) if isinstance(labels, OptionLabels) else logits
+
+        def rows(tokens: int) -> torch.Tensor:
+            row = torch.empty(tokens, dtype=torch.long, device=self.args.device)
+            for begin, end, example in self._packing.runs(tokens):
+                row[begin:end] = example
+            return row if mask is None or mask.numel() != tokens else row.where(mask.flatten().bool(), -1)
+
+        return fit_depth(layers, batches, found, scores, rows, seed=int(self.args.zo_seed or 0))
 
     def training_batches(self, wanted: int) -> list[dict[str, Any]]:
         """``wanted`` training rows, collated and on the device, in batches of the training's size."""
@@ -160,6 +187,12 @@ class Preparation(EngineRuns):
             head = adapted_head(model) if self.args.zo_head_samples else None
             for p in [*trained, *bases, *(() if head is None else factors_of(head))]:
                 torch.distributed.broadcast(p.detach().view(-1).view(torch.uint8), src=0)
+
+
+def _told(facts: Mapping[str, float]) -> str:
+    """What a fit has come to, for the log."""
+    change = f"{facts['loss_before']:.3f} to {facts['loss_after']:.3f}"
+    return f"fitted to {facts['rows']:g} rows with ridge {facts['ridge']:g}, loss of left-out rows from {change}."
 
 
 def spread(data: Any, wanted: int) -> Iterator[Any]:

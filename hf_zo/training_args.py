@@ -85,6 +85,10 @@ class ZOTrainingArguments(TrainingArguments):
         zo_head_samples (`int`, defaults to 0):
             Training rows that the output layer is fitted to before the first step, from one forward pass over them; 0 for
             none. For classifiers, and for language models that choose among options of one token, see `hf_zo.head`.
+        zo_fit_depth (`bool`, defaults to `False`):
+            After the output layer, fit one direction in every second block from a third to three quarters of the depth: for C
+            options as many forward passes over the `zo_head_samples` rows for each of these blocks, see `hf_zo.depth`. With
+            `zo_act` only.
         zo_per_example (`bool`, defaults to `False`):
             Displace every example of a batch along a direction of its own, for mezo and zo_act on adapters of linear layers.
             As many forward passes, and up to as many times less variance as the batch has examples. No weight is written,
@@ -164,6 +168,7 @@ class ZOTrainingArguments(TrainingArguments):
     zo_direction: Entries = field(default="gaussian", metadata={"help": "'gaussian', 'rademacher' or 'factorised'."})
     zo_direction_rank: int = field(default=16, metadata={"help": "Rank of factorised directions."})
     zo_head_samples: int = field(default=0, metadata={"help": "Training rows that the output layer is fitted to first."})
+    zo_fit_depth: bool = field(default=False, metadata={"help": "After the output layer, fit a direction in middle blocks."})
     zo_per_example: bool = field(default=False, metadata={"help": "A direction of its own for every example of a batch."})
     zo_seed: int | None = field(default=None, metadata={"help": "Key of all directions. Default: seed."})
     zo_clip: float | None = field(default=None, metadata={"help": "Bound on the absolute projected gradient."})
@@ -268,6 +273,11 @@ class ZOTrainingArguments(TrainingArguments):
             raise ValueError(
                 "zo_act_basis='random' looks at no sequence: zo_act_samples and zo_act_exclude_first_token would be ignored; "
                 "leave them at their defaults."
+            )
+        if self.zo_fit_depth and (self.zo_method != "zo_act" or not (self.zo_head_samples or self.zo_auto)):
+            raise ValueError(
+                f"zo_fit_depth=True goes on from the fit of the output layer, in ZO-Act's adapter: it wants zo_method='zo_act' "
+                f"(it is {self.zo_method!r}) and zo_head_samples above 0 (it is {self.zo_head_samples})."
             )
         if self.zo_seed is not None and not -(2**63) <= self.zo_seed < 2**63:
             raise ValueError(f"zo_seed={self.zo_seed} does not fit into 64 bits.")

@@ -102,7 +102,7 @@ def test_the_weights_are_the_minimum_of_the_penalised_loss(bias: bool) -> None:
     hidden = 3 * torch.randn(200, 6, generator=g, dtype=torch.float64) + 1
     offset = torch.randn(200, 4, generator=g, dtype=torch.float64)
     target = (offset + hidden @ torch.randn(6, 4, generator=g, dtype=torch.float64)).argmax(1)
-    weights, facts = fitted(hidden, offset, target, bias)
+    weights, facts, _ = fitted(hidden, offset, target, bias)
     assert weights.shape == (4, 6 + bias)
     scale = hidden.pow(2).mean().sqrt()
     w = torch.cat([weights[:, :6] * scale, weights[:, 6:]], 1).requires_grad_()
@@ -116,7 +116,7 @@ def test_the_weights_are_the_minimum_of_the_penalised_loss(bias: bool) -> None:
 
 def test_labels_of_chance_are_answered_by_the_strongest_ridge() -> None:
     g = torch.Generator().manual_seed(0)
-    _, facts = fitted(torch.randn(100, 30, generator=g), torch.zeros(100, 2), torch.randint(2, (100,), generator=g))
+    _, facts, _ = fitted(torch.randn(100, 30, generator=g), torch.zeros(100, 2), torch.randint(2, (100,), generator=g))
     assert facts["ridge"] == max(RIDGES)
 
 
@@ -137,7 +137,7 @@ def test_the_adapter_adds_the_fit_to_the_options_and_nothing_to_other_tokens() -
     model = attach(tiny_llama(), 4, with_head=True)
     logits, data = logits_of(model), batches()
     before = [logits(batch) for batch in data]
-    facts = fit_head(model, data, logits)
+    facts = fit_head(model, data, logits).facts
     assert facts["rows"] == ROWS
     assert facts["loss_after"] < facts["loss_before"]
     others = [t for t in range(VOCABULARY) if t not in TOKENS]
@@ -153,7 +153,7 @@ def test_the_adapter_adds_the_fit_to_the_options_and_nothing_to_other_tokens() -
         offset.append(old[place][:, TOKENS])
         wrote.append((new - old)[place][:, TOKENS])
         target.append(batch["labels"]["target"])
-    weights, _ = fitted(torch.cat(hidden), torch.cat(offset), torch.cat(target))
+    weights, _, _ = fitted(torch.cat(hidden), torch.cat(offset), torch.cat(target))
     torch.testing.assert_close(torch.cat(wrote), torch.cat(hidden) @ weights.T.float(), atol=1e-5, rtol=1e-4)
     a = factors_of(output_layer(model))[0]
     torch.testing.assert_close(a @ a.T, torch.eye(4), atol=1e-5, rtol=0)  # as ZO-Act wants its bases
@@ -173,7 +173,7 @@ def test_a_classifier_gets_the_fit_as_its_weights(family: str) -> None:
     kept: list[torch.Tensor] = []
     layer = output_layer(model)
     handle = layer.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-    facts = fit_head(model, data, logits_of(model))
+    facts = fit_head(model, data, logits_of(model)).facts
     handle.remove()
     hidden = torch.cat(
         [
@@ -182,7 +182,7 @@ def test_a_classifier_gets_the_fit_as_its_weights(family: str) -> None:
         ]
     )
     target = torch.cat([batch["labels"] for batch in data])
-    weights, again = fitted(hidden, torch.zeros(ROWS, 3), target, bias=family == "bert")
+    weights, again, _ = fitted(hidden, torch.zeros(ROWS, 3), target, bias=family == "bert")
     assert facts == again
     torch.testing.assert_close(layer.weight, nn.Parameter(weights[:, :16].float()))
     if family == "bert":
@@ -200,7 +200,7 @@ def test_a_language_model_that_generalises_worse_stays_as_it_was(caplog: pytest.
         return 1000 * logits(batch)
 
     before = weights_of(model)
-    facts = fit_head(model, data, certain)
+    facts = fit_head(model, data, certain).facts
     assert facts["loss_after"] == facts["loss_before"]
     assert_same_weights(before, weights_of(model))
     assert "stays as it was" in caplog.text

@@ -95,6 +95,8 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
         del settings["direction_rank"]  # nothing was made of it
     if args.zo_head_samples:
         settings["output layer"] = f"fitted to {args.zo_head_samples:,} rows first"
+    if args.zo_fit_depth:
+        settings["middle blocks"] = "a direction each, fitted to the same rows"
     if args.zo_runtime != "torch":
         settings["runtime"] = args.zo_runtime
     last = next((e for e in reversed(history) if "zo/forward_passes" in e), {})

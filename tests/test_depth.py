@@ -1,0 +1,229 @@
+"""The fit in middle blocks: the direction that scores respond to, the classes' means, and the convex problem of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from support import assert_same_weights, tiny_llama, trained_of, weights_of
+from test_head import trainer
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_zo import Trajectory, ZOTrainingArguments, head, preparation, replay
+from hf_zo.adapters import adapted_layers, attach, check_basis, factors_of
+from hf_zo.depth import attention_outputs, fit_depth
+from hf_zo.head import HeadFit
+
+WIDTH, ROWS, BATCH = 12, 320, 16
+
+
+class Reader(nn.Module):
+    """A layer named like attention's last, and scores that read one direction of what its rows' tokens add up to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = nn.Linear(WIDTH, 8)
+        self.readout = nn.Parameter(torch.randn(3, 1) @ torch.randn(1, 8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.tanh((self.attn(x) * mask[..., None]).sum(1) @ self.readout.T / 8)
+
+
+def problem(chance: bool = False, left: bool = False) -> tuple[Any, list[dict[str, torch.Tensor]], torch.Tensor, Any, Any]:
+    """Model, batches, targets, scores and rows. One input direction of every token tells the class."""
+    g = torch.Generator().manual_seed(1)
+    target = torch.randint(3, (ROWS,), generator=g)
+    x = torch.randn(ROWS, 5, WIDTH, generator=g)
+    x[:, :, 0] += (target[:, None] - 1) * 1.0
+    mask = torch.ones(ROWS, 5)
+    mask[::2, 3:] = 0
+    x[mask == 0] = 1e3  # padding that is read shows
+    if left:
+        x, mask = x.flip(1), mask.flip(1)
+    if chance:
+        target = torch.randint(3, (ROWS,), generator=g)
+    model = attach(Reader(), 4, ["attn"])
+    batches = [{"x": x[i : i + BATCH], "mask": mask[i : i + BATCH]} for i in range(0, ROWS, BATCH)]
+    current: dict[str, torch.Tensor] = {}
+
+    def scores(batch: Mapping[str, Any]) -> torch.Tensor:
+        current.update(batch)
+        return model(**batch)
+
+    def rows(tokens: int) -> torch.Tensor:
+        row = torch.arange(tokens) // 5
+        return row.where(current["mask"].flatten() > 0, -1)
+
+    return model, batches, target, scores, rows
+
+
+def fit(made: Any, blind: bool = False, **more: Any) -> dict[str, float]:
+    model, batches, target, scores, rows = made
+    with torch.no_grad():
+        offset = torch.cat([scores(batch) for batch in batches]).double()
+    offset = torch.zeros_like(offset) if blind else offset
+    return fit_depth(dict(adapted_layers(model)), batches, HeadFit({}, offset, target), scores, rows, **more)
+
+
+def loss_of(made: Any) -> float:
+    """Of the rows that coefficients are fitted to: those of every second batch."""
+    _, batches, target, scores, _ = made
+    with torch.no_grad():
+        said = torch.cat([scores(batch) for batch in batches[1::2]])
+    return float(cross_entropy(said, target.view(-1, BATCH)[1::2].flatten()))
+
+
+# ---- what is found -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_the_layer_is_moved_along_what_the_scores_read_by_what_tells_the_classes(left: bool) -> None:
+    made = problem(left=left)
+    before = loss_of(made)
+    facts = fit(made)
+    (_, layer), *_ = adapted_layers(made[0])
+    basis, b = factors_of(layer)
+    u = made[0].base_model.model.readout[0]
+    assert float(torch.cosine_similarity(b[:, -1], u, dim=0).abs()) > 0.95  # of 320 rows in 8 dimensions
+    assert float(basis[-1, 0].abs()) > 0.8  # in 12 dimensions
+    assert not b[:, :-1].any()
+    assert facts["coefficients"] == 4  # two classes' worth of means, at last tokens and over all
+    assert facts["loss_after"] < facts["loss_before"] - 0.1
+    # Left-out rows with the scores as affine functions say what the rows' own scores, as they are, come to.
+    assert loss_of(made) == pytest.approx(facts["loss_after"], abs=0.05)
+    assert facts["loss_before"] == pytest.approx(before, abs=1e-6)
+
+
+def test_the_adapter_stays_one_of_zo_act() -> None:
+    made = problem()
+    fit(made)
+    check_basis(made[0])
+
+
+def test_the_noise_has_a_key() -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        made = problem()
+        fit(made, seed=seed)
+        runs.append(weights_of(made[0]))
+    assert_same_weights(runs[0], runs[1])
+    assert any(not torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
+
+
+def test_labels_of_chance_leave_the_blocks_as_they_were(caplog: pytest.LogCaptureFixture) -> None:
+    made = problem(chance=True)
+    start = weights_of(made[0])
+    facts = fit(made, blind=True)  # what the scores are off by would be worth a change
+    assert facts["loss_after"] == facts["loss_before"]
+    assert_same_weights(start, weights_of(made[0]))
+    assert "stay as they were" in caplog.text
+
+
+# ---- where -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_second_block_of_the_middle_is_chosen() -> None:
+    model = tiny_llama()
+    model.model.layers.extend([tiny_llama().model.layers[0] for _ in range(10)])  # 12 blocks
+    names = attention_outputs(attach(model, 2))
+    assert [name.split("layers.")[1] for name in names] == [f"{i}.self_attn.o_proj" for i in (4, 6, 8)]
+
+
+def test_an_encoder_has_them_too() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 64}
+    names = attention_outputs(attach(BertForSequenceClassification(BertConfig(**sizes)), 2))
+    assert [name.split("layer.")[1] for name in names] == ["1.attention.output.dense"]
+
+
+# ---- in the trainer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the output layer could not read the class, which a model without training leaves it to do."""
+
+    def fit_head(*args: Any) -> HeadFit:
+        found = head.fit_head(*args)
+        return HeadFit(found.facts, torch.zeros_like(found.left_out), found.target)
+
+    monkeypatch.setattr(preparation, "fit_head", fit_head)
+
+
+def middle_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in weights_of(model).items() if "layers.0.self_attn.o_proj.lora" in name}
+
+
+@pytest.mark.usefixtures("unread")
+def test_nothing_but_the_middle_blocks_changes(tmp_path: Path) -> None:
+    alone, deep = trainer(tmp_path), trainer(tmp_path, zo_fit_depth=True)
+    for run in (alone, deep):
+        run.create_optimizer()
+    changed = {name for name, p in weights_of(deep.model).items() if not torch.equal(p, weights_of(alone.model)[name])}
+    assert changed == set(middle_of(deep.model))
+    assert trained_of(deep.model).keys() == trained_of(alone.model).keys()
+    check_basis(deep.model)
+
+
+@pytest.mark.usefixtures("unread")
+def test_batches_without_padding_give_the_same(tmp_path: Path) -> None:
+    runs = [trainer(tmp_path, zo_fit_depth=True, zo_packing=packing) for packing in (True, False)]
+    for run in runs:
+        run.create_optimizer()
+    packed, padded = (middle_of(run.model) for run in runs)
+    assert packed[next(name for name in packed if "lora_B" in name)].any()
+    assert runs[0]._packing.form == "packed"
+    for name in packed:
+        torch.testing.assert_close(packed[name], padded[name], atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_resumed_run_equals_the_whole_one(tmp_path: Path, weights: bool) -> None:
+    more = {"save_strategy": "steps", "save_steps": 2, "zo_save_weights": weights, "zo_fit_depth": True}
+    whole = trainer(tmp_path / "a", **more)
+    whole.train()
+    resumed = trainer(tmp_path / "b", **more)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_replay_equals_the_run(tmp_path: Path) -> None:
+    run = trainer(tmp_path, zo_fit_depth=True)
+    run.train()
+    run.save_model(str(tmp_path))
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name and "lm_head" not in name:
+                p.zero_()
+    assert_same_weights(weights_of(run.model), weights_of(replay(model, Trajectory.read(tmp_path))))
+
+
+def test_the_card_tells_of_it(tmp_path: Path) -> None:
+    run = trainer(tmp_path, zo_fit_depth=True)
+    run.train()
+    run.create_model_card()
+    assert "a direction each, fitted to the same rows" in (tmp_path / "README.md").read_text()
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [{"zo_method": "mezo", "zo_head_samples": 8}, {"zo_method": "zo_act"}])
+def test_what_it_goes_on_from_is_named(tmp_path: Path, more: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="zo_fit_depth=True goes on from the fit of the output layer"):
+        ZOTrainingArguments(str(tmp_path), zo_fit_depth=True, use_cpu=True, **more)
+
+
+def test_a_model_without_adapted_attention_is_named(tmp_path: Path) -> None:
+    run = trainer(tmp_path, zo_fit_depth=True, zo_act_targets="down_proj")
+    with pytest.raises(ValueError, match="finds no adapter on an attention layer"):
+        run.create_optimizer()
