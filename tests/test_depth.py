@@ -176,11 +176,14 @@ def test_batches_without_padding_give_the_same(tmp_path: Path) -> None:
     runs = [trainer(tmp_path, zo_fit_depth=True, zo_packing=packing) for packing in (True, False)]
     for run in runs:
         run.create_optimizer()
-    packed, padded = (middle_of(run.model) for run in runs)
-    assert packed[next(name for name in packed if "lora_B" in name)].any()
     assert runs[0]._packing.form == "packed"
-    for name in packed:
-        torch.testing.assert_close(packed[name], padded[name], atol=2e-3, rtol=2e-2)
+    added = []
+    for run in runs:
+        basis, b = factors_of(next(iter(attention_outputs(run.model).values())))
+        added.append(b @ basis)  # the signs of both factors may turn
+    assert added[0].norm() > 0.1
+    difference = float((added[0] - added[1]).norm() / added[0].norm())
+    assert difference < 1e-3  # rounding of scores, over the radius
 
 
 @pytest.mark.usefixtures("unread")
