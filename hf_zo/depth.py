@@ -4,8 +4,8 @@ states can learn, this finds what can be learnt by changing what attention passe
     o_t <- o_t + u (a . x_t)        x_t, o_t: what the last layer of a block's attention reads and writes at token t
     a = sum_k c_k a_k
 
-In the middle of the network the scores respond to almost one direction u of all that a block may write. So, block by block, with
-forward passes over the rows:
+In the middle of the network the scores respond to almost one direction u of all that a block may write. So, block by block,
+with forward passes over the rows:
 
 1. u: every row's writing is nudged by Gaussian noise of its own; the mean of noise times change of the scores.
 2. a_k: differences of the classes' mean inputs, of the last tokens and of all tokens, in every second batch. As long as a row's
