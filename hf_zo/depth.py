@@ -74,7 +74,7 @@ def fit_depth(
         layers: see `attention_outputs`; they carry ZO-Act's adapter, B zero.
         batches: the rows that the output layer was fitted to.
         fit: what came of that.
-        scores: see `Scores`; called 1.5 times for every batch, and C times for each layer, where C is the number of classes or
+        scores: see `Scores`; called once for every batch, and C times for each layer, where C is the number of classes or
             options (and a few times more for one batch, to find how far to go).
         rows: see `Rows`.
         seed: key of the noise.
@@ -82,10 +82,10 @@ def fit_depth(
     Returns:
         ``loss_before`` and ``loss_after`` on left-out rows, the chosen ``ridge`` and the number of ``coefficients``.
     """
-    plain = [_centred(scores(batch)) for batch in batches]
+    plain, inputs = _read(layers, batches, scores, rows)
     of_batch = torch.arange(len(batches)).repeat_interleave(torch.tensor([len(x) for x in plain]))
     fitting = of_batch % 2 == 1  # rows whose labels no mean has seen
-    means = _class_means(layers, batches[::2], fit.target[~fitting], scores, rows)
+    means = {name: _class_means(x[:, ~fitting], fit.target[~fitting]) for name, x in inputs.items()}
     responses: list[torch.Tensor] = []
     places: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # layer, u, and a for a response of 1
     for name, layer in layers.items():
@@ -169,14 +169,10 @@ def _sensitive(changes: _Changes, seed: int, name: str) -> torch.Tensor:
     return torch.linalg.svd(total, full_matrices=False).Vh[0]
 
 
-def _class_means(
-    layers: Mapping[str, LoraLayer],
-    batches: Sequence[Mapping[str, Any]],
-    target: torch.Tensor,
-    scores: Scores,
-    rows: Rows,
-) -> dict[str, torch.Tensor]:
-    """By layer [2, C, d_in]: mean inputs of the classes at rows' last tokens and over all tokens, less the mean of classes."""
+def _read(
+    layers: Mapping[str, LoraLayer], batches: Sequence[Mapping[str, Any]], scores: Scores, rows: Rows
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Centred scores of the batches, and by layer [2, N, d_in]: inputs at rows' last tokens, and their means over tokens."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def watched(name: str) -> Callable[..., None]:
@@ -193,17 +189,17 @@ def _class_means(
 
     handles = [cast(nn.Module, layer).register_forward_hook(watched(name)) for name, layer in layers.items()]
     try:
-        for batch in batches:
-            scores(batch)
+        plain = [_centred(scores(batch)) for batch in batches]
     finally:
         for handle in handles:
             handle.remove()
-    found = {}
-    for name, parts in seen.items():
-        x = torch.cat(parts, 1)  # [2, N, d_in]
-        means = torch.stack([x[:, (target == c).to(x.device)].mean(1) for c in target.unique().tolist()], 1)
-        found[name] = means - means.mean(1, keepdim=True)
-    return found
+    return plain, {name: torch.cat(parts, 1) for name, parts in seen.items()}
+
+
+def _class_means(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """[2, C, d_in], the classes' means of [2, N, d_in], less the mean of classes."""
+    means = torch.stack([x[:, target == c].mean(1) for c in target.unique().tolist()], 1)
+    return means - means.mean(1, keepdim=True)
 
 
 def _orthonormal(means: torch.Tensor) -> torch.Tensor:

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from support import assert_same_weights, tiny_llama, trained_of, weights_of
-from test_head import trainer
+from test_head import assert_replay_equals_run, assert_resumed_equals_whole, trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_zo import Trajectory, ZOTrainingArguments, head, preparation, replay
+from hf_zo import ZOTrainingArguments, head, preparation
 from hf_zo.adapters import adapted_layers, attach, check_basis, factors_of
 from hf_zo.depth import attention_outputs, fit_depth
 from hf_zo.head import HeadFit
@@ -189,25 +188,12 @@ def test_batches_without_padding_give_the_same(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("weights", [True, False])
 def test_a_resumed_run_equals_the_whole_one(tmp_path: Path, weights: bool) -> None:
-    more = {"save_strategy": "steps", "save_steps": 2, "zo_save_weights": weights, "zo_fit_depth": True}
-    whole = trainer(tmp_path / "a", **more)
-    whole.train()
-    resumed = trainer(tmp_path / "b", **more)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+    assert_resumed_equals_whole(tmp_path, zo_save_weights=weights, zo_fit_depth=True)
 
 
 @pytest.mark.usefixtures("unread")
 def test_a_replay_equals_the_run(tmp_path: Path) -> None:
-    run = trainer(tmp_path, zo_fit_depth=True)
-    run.train()
-    run.save_model(str(tmp_path))
-    model = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name and "lm_head" not in name:
-                p.zero_()
-    assert_same_weights(weights_of(run.model), weights_of(replay(model, Trajectory.read(tmp_path))))
+    assert_replay_equals_run(tmp_path, zo_fit_depth=True)
 
 
 def test_the_card_tells_of_it(tmp_path: Path) -> None:

@@ -284,9 +284,8 @@ def test_a_saved_adapter_holds_no_embedding_and_is_taken_up_without_a_new_fit(tm
     assert trained_of(again.model).keys() == trained_of(run.model).keys()
 
 
-@pytest.mark.parametrize("weights", [True, False])
-def test_a_resumed_run_equals_the_whole_one(tmp_path: Path, weights: bool) -> None:
-    more = {"save_strategy": "steps", "save_steps": 2, "zo_save_weights": weights}
+def assert_resumed_equals_whole(tmp_path: Path, **more: Any) -> None:
+    more = {"save_strategy": "steps", "save_steps": 2, **more}
     whole = trainer(tmp_path / "a", **more)
     whole.train()
     resumed = trainer(tmp_path / "b", **more)
@@ -294,8 +293,13 @@ def test_a_resumed_run_equals_the_whole_one(tmp_path: Path, weights: bool) -> No
     assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
 
 
-def test_a_replay_equals_the_run(tmp_path: Path) -> None:
-    run = trainer(tmp_path)
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_resumed_run_equals_the_whole_one(tmp_path: Path, weights: bool) -> None:
+    assert_resumed_equals_whole(tmp_path, zo_save_weights=weights)
+
+
+def assert_replay_equals_run(tmp_path: Path, **more: Any) -> None:
+    run = trainer(tmp_path, **more)
     run.train()
     run.save_model(str(tmp_path))
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
@@ -305,6 +309,10 @@ def test_a_replay_equals_the_run(tmp_path: Path) -> None:
                 p.zero_()
     rebuilt = replay(model, Trajectory.read(tmp_path))
     assert_same_weights(weights_of(run.model), weights_of(rebuilt))
+
+
+def test_a_replay_equals_the_run(tmp_path: Path) -> None:
+    assert_replay_equals_run(tmp_path)
 
 
 def test_lora_with_an_adapter_on_the_output_layer_is_fitted_too(tmp_path: Path) -> None:
