@@ -30,7 +30,7 @@ from torch import nn
 
 from . import noise
 from .adapters import adapted_layers, factors_of
-from .head import HeadFit, cross_validated
+from .head import FOLDS, HeadFit, cross_validated
 from .runtimes.prefix import blocks_of
 
 logger = logging.getLogger(__name__)
@@ -81,10 +81,18 @@ def fit_depth(
 
     Returns:
         ``loss_before`` and ``loss_after`` on left-out rows, the chosen ``ridge`` and the number of ``coefficients``.
+
+    Raises:
+        ValueError: if there are too few rows, or they are all of one class.
     """
     plain, inputs = _read(layers, batches, scores, rows)
     of_batch = torch.arange(len(batches)).repeat_interleave(torch.tensor([len(x) for x in plain]))
     fitting = of_batch % 2 == 1  # rows whose labels no mean has seen
+    if int(fitting.sum()) < FOLDS or len(fit.target[~fitting].unique()) < 2:
+        raise ValueError(
+            f"zo_fit_depth=True takes classes' means from every second batch and fits to the others: the {len(of_batch)} rows "
+            f"in {len(batches)} batches are too few, or of one class. Set zo_head_samples higher, or unset it."
+        )
     means = {name: _class_means(x[:, ~fitting], fit.target[~fitting]) for name, x in inputs.items()}
     responses: list[torch.Tensor] = []
     places: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # layer, u, and a for a response of 1

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Tried in this order, per unit of the hidden states' mean square."""
 
-_FOLDS = 5
+FOLDS = 5
 
 Logits = Callable[[Mapping[str, Any]], torch.Tensor]
 """Runs the model on a batch and returns its logits."""
@@ -235,8 +235,8 @@ def fitted(
     x, z, y = hidden.double().cpu(), offset.double().cpu(), target.cpu()
     if not (x.isfinite().all() and z.isfinite().all()):
         raise ValueError("zo_head_samples: the model's hidden states are not finite on some training row.")
-    if len(x) < _FOLDS:
-        raise ValueError(f"zo_head_samples={len(x)}: at least {_FOLDS} rows are needed.")
+    if len(x) < FOLDS:
+        raise ValueError(f"zo_head_samples={len(x)}: at least {FOLDS} rows are needed.")
     scale = x.pow(2).mean().sqrt()
     x = x / scale
     if bias:
@@ -260,9 +260,9 @@ def cross_validated(
     Returns:
         The parameters, and ``facts`` and ``left_out`` of `HeadFit`.
     """
-    fold = torch.arange(len(target)) % _FOLDS
+    fold = torch.arange(len(target)) % FOLDS
     losses, left_out = torch.zeros(len(RIDGES), dtype=torch.float64), []
-    for k in range(_FOLDS):
+    for k in range(FOLDS):
         out, w = fold == k, start
         for i, ridge in enumerate(RIDGES):
             w = _minimum(scores, ~out, target, ridge, w)

@@ -216,3 +216,9 @@ def test_a_model_without_adapted_attention_is_named(tmp_path: Path) -> None:
     run = trainer(tmp_path, zo_fit_depth=True, zo_act_targets="down_proj")
     with pytest.raises(ValueError, match="finds no adapter on an attention layer"):
         run.create_optimizer()
+
+
+def test_a_single_batch_is_named(tmp_path: Path) -> None:
+    run = trainer(tmp_path, zo_fit_depth=True, zo_head_samples=8, per_device_train_batch_size=8)
+    with pytest.raises(ValueError, match="the 8 rows in 1 batches are too few"):
+        run.create_optimizer()
