@@ -80,8 +80,8 @@ class EngineRuns(TrajectoryCheckpoints):
         self._served = self._log
 
     def _warn_of_rounding(self, rounding: float, moved: float) -> None:
-        """Probes have to move the loss by more than two ways of computing it differ."""
-        if self.args.zo_objective == "loss" and rounding > moved / 2:
+        """Probes have to move the loss, by more than two ways of computing it differ (in one batch: a rough estimate)."""
+        if self.args.zo_objective == "loss" and rounding >= moved / 2:
             logger.warning(
                 "zo_eps=%g is small for this engine: the probes of the first step move the loss by %.1e, and its rounding is "
                 "about %.1e (vLLM's loss of the first batch against the model's own). Use a larger zo_eps, or float32.",

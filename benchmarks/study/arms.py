@@ -55,7 +55,7 @@ class Arm:
         return "zo_head_samples" in self.settings
 
 
-WITHOUT_OPTIONS = {"linear-probe": "zero-shot", "mezo-probe": "mezo", "zo-act-probe": "zo-act"}
+WITHOUT_OPTIONS = {"linear-probe": "zero-shot", "depth-probe": "zero-shot", "mezo-probe": "mezo", "zo-act-probe": "zo-act"}
 """What an arm that needs options is where a task has none."""
 
 
@@ -87,6 +87,13 @@ ARMS: dict[str, Arm] = {
         {"base": 1.0},
         "the ridge is cross-validated",
         {"zo_method": "zo_act", "zo_act_basis": "random", **_PROBE},
+    ),
+    "depth-probe": Arm(
+        "linear probe, and middle blocks",
+        "probe",
+        {"base": 1.0},
+        "the ridges are cross-validated",
+        {"zo_method": "zo_act", "zo_act_basis": "random", "zo_fit_depth": True, **_PROBE},
     ),
     "first-order": Arm(
         "first-order AdamW",

@@ -14,7 +14,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def run_cell(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
             trainer.args.curvzo_budget = max(1.0, arm.curvzo_share * tensors)
         status, error, before, seconds = "ok", None, {}, 0.0
         if arm.kind == "probe":
-            trainer.create_optimizer()  # fits the output layer
+            with counted_forwards(trainer.model) as passes:
+                trainer.create_optimizer()  # fits the output layer, and more
+            cost = dataclasses.replace(cost, once=len(passes))
         if 0 in ends:
             before = trainer.evaluate()
         if cost.steps:
@@ -132,6 +135,17 @@ def trainer_of(grid: Grid, cell: Cell, task: Task, scratch: str, cost: Cost, par
     else:
         build = _GeneratingZOTrainer if generates else ZOTrainer
     return build(args=grid.arguments(cell, scratch, max(cost.steps, 1)), **parts)
+
+
+@contextmanager
+def counted_forwards(model: Any) -> Iterator[list[None]]:
+    """Collects one item for every forward pass of the model."""
+    passes: list[None] = []
+    handle = model.register_forward_hook(lambda *_: passes.append(None))
+    try:
+        yield passes
+    finally:
+        handle.remove()
 
 
 def forwards_of(entry: dict[str, Any], cost: Cost) -> int:

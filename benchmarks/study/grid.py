@@ -183,7 +183,7 @@ class Grid:
             per_step = METHODS[arguments.zo_method]({}, **arguments.estimator_kwargs()).forwards
             once = self._batches(arguments.zo_head_samples)
             if arm.kind == "probe":
-                return Cost(once, 0, 0)
+                return Cost(once, 0, 0)  # what zo_fit_depth takes depends on the model, and is counted
             if arguments.zo_method == "zo_act" and arguments.zo_act_basis == "activations":
                 once += CALIBRATION_SWEEPS * self._batches(arguments.zo_act_samples)
         steps = (budget - once) // per_step

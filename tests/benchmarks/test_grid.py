@@ -74,7 +74,7 @@ def test_missing_places_are_told_before_anything_runs(study, tmp_path):
 
 
 def test_every_arm_spends_the_same_budget(study):
-    arms = [name for name in ARMS if name not in ("zero-shot", "in-context", "linear-probe")]
+    arms = [name for name in ARMS if name not in ("zero-shot", "in-context", "linear-probe", "depth-probe")]
     grid, _ = study(arms=arms, forms=["base", "lora", "full"], budget=120, train_samples=32)
     per_step = {arm: 2 for arm in arms} | {"first-order": 3, "kerzoo": 6, "mezo-n3": 6, "richardson": 4}
     per_step |= {"bszo": 3, "bszo-fixed-noise": 3}

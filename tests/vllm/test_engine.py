@@ -265,10 +265,11 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "eps", "warned"), [(torch.bfloat16, 1e-6, True), (torch.float32, 1e-2, False)])
+@pytest.mark.parametrize(("dtype", "eps", "warned"), [(torch.bfloat16, 1e-12, True), (torch.float32, 1e-2, False)])
 def test_a_radius_below_the_rounding_of_the_loss(
     dtype: torch.dtype, eps: float, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """1e-12 moves no 16-bit weight by a bit, on whatever machine; where it moves some, it is a matter of luck."""
     trainer = trainer_of(tmp_path, "mezo", "full", dtype, zo_eps=eps, max_steps=3)
     trainer.train()
     told = [record.message for record in caplog.records if "is small for this engine" in record.message]
