@@ -8,12 +8,13 @@ In the middle of the network the scores respond to almost one direction u of all
 with forward passes over the rows:
 
 1. u: every row's writing is nudged by Gaussian noise of its own; the mean of noise times change of the scores.
-2. a_k: differences of the classes' mean inputs, of the last tokens and of all tokens, in every second batch. As long as a row's
-   error depends on its class, the gradient's row space is spanned by them.
-3. How the scores of the other batches' rows change with c_k, one forward pass each.
+2. a_k: what logistic regression of the classes on the inputs adds to the scores of the output layer, of the last tokens'
+   inputs and of the means over tokens. Once for the rows of even batches, once for those of odd ones.
+3. How the scores of every row change with c_k, one forward pass each, along the a_k of the rows that it is not one of.
 
 The coefficients c of all blocks are then a convex problem, as the output layer is, with a ridge chosen by cross-validation. Its
-offsets are the scores that the output layer gives to rows it was not fitted to: those of its own rows flatter it.
+offsets are the scores that the output layer gives to rows it was not fitted to: those of its own rows flatter it. What is
+written is the mean of both halves' a_k.
 
 Written into ZO-Act's adapter: a takes the place of its last basis vector, u that of the column of B.
 """
@@ -30,13 +31,16 @@ from torch import nn
 
 from . import noise
 from .adapters import adapted_layers, factors_of
-from .head import FOLDS, HeadFit, cross_validated
+from .head import FOLDS, HeadFit, cross_validated, minimum
 from .runtimes.prefix import blocks_of
 
 logger = logging.getLogger(__name__)
 
 _RESPONSE = 0.3
 """By how much a probe changes the scores, root of the mean square: far above rounding, and still nearly linear."""
+
+_RIDGE = 1.0
+"""Of the regression on a layer's inputs, per unit of their mean square; their directions matter more than their sizes."""
 
 Scores = Callable[[Mapping[str, Any]], torch.Tensor]
 """Runs the model on a batch and returns [B, K], the scores of the classes or options."""
@@ -74,8 +78,8 @@ def fit_depth(
         layers: see `attention_outputs`; they carry ZO-Act's adapter, B zero.
         batches: the rows that the output layer was fitted to.
         fit: what came of that.
-        scores: see `Scores`; called once for every batch, and C times for each layer, where C is the number of classes or
-            options (and a few times more for one batch, to find how far to go).
+        scores: see `Scores`; called once for every batch, and 2 C - 1 times for each layer, where C is the number of classes
+            or options (and a few times more for one batch, to find how far to go).
         rows: see `Rows`.
         seed: key of the noise.
 
@@ -87,26 +91,28 @@ def fit_depth(
     """
     plain, inputs = _read(layers, batches, scores, rows)
     of_batch = torch.arange(len(batches)).repeat_interleave(torch.tensor([len(x) for x in plain]))
-    fitting = of_batch % 2 == 1  # rows whose labels no mean has seen
-    if int(fitting.sum()) < FOLDS or len(fit.target[~fitting].unique()) < 2:
+    odd = of_batch % 2 == 1
+    if len(of_batch) < FOLDS or min(len(fit.target[half].unique()) for half in (odd, ~odd)) < 2:
         raise ValueError(
-            f"zo_fit_depth=True takes classes' means from every second batch and fits to the others: the {len(of_batch)} rows "
-            f"in {len(batches)} batches are too few, or of one class. Set zo_head_samples higher, or unset it."
+            f"zo_fit_depth=True fits to the rows of even and odd batches by turns: the {len(of_batch)} rows in {len(batches)} "
+            "batches are too few, or a half of them is of one class. Set zo_head_samples higher, or unset it."
         )
-    means = {name: _class_means(x[:, ~fitting], fit.target[~fitting]) for name, x in inputs.items()}
     responses: list[torch.Tensor] = []
     places: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # layer, u, and a for a response of 1
     for name, layer in layers.items():
-        u = _sensitive(_Changes(layer, batches, plain, scores, rows), seed, name)
-        changes = _Changes(layer, batches[1::2], plain[1::2], scores, rows)
-        for a in _orthonormal(means[name]):
-            response = torch.cat(changes.of(lambda i, x, row, a=a, u=u: (x @ a)[:, None] * u))  # type: ignore[misc]
+        changes = _Changes(layer, batches, plain, scores, rows)
+        u = _sensitive(changes, seed, name)
+        of_even, of_odd = (_discriminants(inputs[name], fit, half) for half in (~odd, odd))
+        for even_a, odd_a in zip(of_even, of_odd, strict=True):
+            # Rows of even batches are moved along what those of odd ones told, and the other way round.
+            moved = changes.of(lambda i, x, row, u=u, a=(odd_a, even_a): (x @ a[i % 2])[:, None] * u)  # type: ignore[misc]
+            response = torch.cat(moved)
             size = response.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
             responses.append(response / size)
-            places.append((name, u, a / size))
-    x, z = torch.stack(responses, -1).double().cpu(), fit.left_out[fitting]  # [N', K, P], [N', K]
+            places.append((name, u, (even_a + odd_a) / 2 / size))
+    x, z = torch.stack(responses, -1).double().cpu(), fit.left_out  # [N, K, P], [N, K]
     start = torch.zeros(x.shape[-1], dtype=torch.float64)
-    c, facts, _ = cross_validated(lambda some, c: z[some] + x[some] @ c, fit.target[fitting], start)
+    c, facts, _ = cross_validated(lambda some, c: z[some] + x[some] @ c, fit.target, start)
     if facts["loss_after"] < facts["loss_before"]:
         for name, layer in layers.items():
             mine = [(u, a * c_k) for (owner, u, a), c_k in zip(places, c.tolist(), strict=True) if owner == name]
@@ -204,15 +210,20 @@ def _read(
     return plain, {name: torch.cat(parts, 1) for name, parts in seen.items()}
 
 
-def _class_means(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """[2, C, d_in], the classes' means of [2, N, d_in], less the mean of classes."""
-    means = torch.stack([x[:, target == c].mean(1) for c in target.unique().tolist()], 1)
-    return means - means.mean(1, keepdim=True)
-
-
-def _orthonormal(means: torch.Tensor) -> torch.Tensor:
-    """Orthonormal rows for [2, C, d_in] that are centred over C, so that C - 1 of each are independent."""
-    return torch.linalg.qr(means[:, 1:].flatten(0, 1).T).Q.T
+def _discriminants(x: torch.Tensor, fit: HeadFit, half: torch.Tensor) -> torch.Tensor:
+    """[2 (C - 1), d_in]: what the inputs [2, N, d_in] of some rows tell of their classes that the scores do not."""
+    count = fit.left_out.shape[1]
+    contrasts = torch.linalg.qr(torch.cat([torch.ones(count, 1), torch.eye(count)[:, 1:]], 1).double()).Q[:, 1:].T
+    found = []
+    for inputs in x.double().cpu():
+        centred = inputs[half] - inputs[half].mean(0)
+        scale = centred.square().mean().sqrt()
+        centred /= scale
+        start = torch.zeros(count, x.shape[-1], dtype=torch.float64)
+        z, everything = fit.left_out[half], torch.ones(len(centred), dtype=torch.bool)
+        w = minimum(lambda some, w, x=centred, z=z: z + x @ w.T, everything, fit.target[half], _RIDGE, start)  # type: ignore[misc]
+        found.append(contrasts @ w / scale)
+    return torch.cat(found).to(x)
 
 
 def _write(layer: LoraLayer, u: torch.Tensor, a: torch.Tensor) -> None:

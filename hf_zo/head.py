@@ -265,11 +265,11 @@ def cross_validated(
     for k in range(FOLDS):
         out, w = fold == k, start
         for i, ridge in enumerate(RIDGES):
-            w = _minimum(scores, ~out, target, ridge, w)
+            w = minimum(scores, ~out, target, ridge, w)
             left_out.append(scores(out, w))
             losses[i] += nn.functional.cross_entropy(left_out[-1], target[out], reduction="sum") / len(target)
     best, everything = int(losses.argmin()), fold >= 0
-    w = _minimum(scores, everything, target, RIDGES[best], start)
+    w = minimum(scores, everything, target, RIDGES[best], start)
     before = float(nn.functional.cross_entropy(scores(everything, start), target))
     facts = {"loss_before": before, "loss_after": float(losses[best]), "ridge": RIDGES[best], "rows": len(target)}
     folds = left_out[best :: len(RIDGES)]
@@ -280,7 +280,7 @@ def cross_validated(
 
 
 @torch.enable_grad()
-def _minimum(
+def minimum(
     scores: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     rows: torch.Tensor,
     target: torch.Tensor,

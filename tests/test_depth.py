@@ -72,11 +72,10 @@ def fit(made: Any, blind: bool = False, **more: Any) -> dict[str, float]:
 
 
 def loss_of(made: Any) -> float:
-    """Of the rows that coefficients are fitted to: those of every second batch."""
     _, batches, target, scores, _ = made
     with torch.no_grad():
-        said = torch.cat([scores(batch) for batch in batches[1::2]])
-    return float(cross_entropy(said, target.view(-1, BATCH)[1::2].flatten()))
+        said = torch.cat([scores(batch) for batch in batches])
+    return float(cross_entropy(said, target))
 
 
 # ---- what is found -----------------------------------------------------------------------------------------------------
@@ -93,7 +92,7 @@ def test_the_layer_is_moved_along_what_the_scores_read_by_what_tells_the_classes
     assert float(torch.cosine_similarity(b[:, -1], u, dim=0).abs()) > 0.95  # of 320 rows in 8 dimensions
     assert float(basis[-1, 0].abs()) > 0.8  # in 12 dimensions
     assert not b[:, :-1].any()
-    assert facts["coefficients"] == 4  # two classes' worth of means, at last tokens and over all
+    assert facts["coefficients"] == 4  # two contrasts of classes, by last tokens and by means over tokens
     assert facts["loss_after"] < facts["loss_before"] - 0.1
     # Left-out rows with the scores as affine functions say what the rows' own scores, as they are, come to.
     assert loss_of(made) == pytest.approx(facts["loss_after"], abs=0.05)
