@@ -12,6 +12,7 @@ about 40 minutes on one core.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import tempfile
@@ -46,7 +47,7 @@ class Space:
     """A model, what of it is trained, and losses and gradients of rows as functions of that."""
 
     def __init__(self, form: str, arm: str, folders: Folders, scratch: str) -> None:
-        grid, task = read_grid(HERE / "grids" / "smollm2.yaml"), TASKS["sst2"]
+        grid, task = dataclasses.replace(read_grid(HERE / "grids" / "smollm2.yaml"), dtype="float32"), TASKS["sst2"]
         cell = Cell("final", "sst2", form, arm, 1.0, seed=1)
         rows = rows_of(grid, cell, folders.data)
         set_seed(1)

@@ -63,6 +63,10 @@ def attention_outputs(model: nn.Module) -> dict[str, LoraLayer]:
     return found
 
 
+class DepthError(ValueError):
+    """A model without layers to fit, or rows that do not suffice, with what to do."""
+
+
 @torch.no_grad()
 def fit_depth(
     layers: Mapping[str, LoraLayer],
@@ -87,13 +91,18 @@ def fit_depth(
         ``loss_before`` and ``loss_after`` on left-out rows, the chosen ``ridge`` and the number of ``coefficients``.
 
     Raises:
-        ValueError: if there are too few rows, or they are all of one class.
+        DepthError: if there are no layers, or too few rows, or rows of one class.
     """
+    if not layers:
+        raise DepthError(
+            "zo_fit_depth=True finds no adapter on an attention layer in the middle of the model; set zo_act_targets to "
+            "'all-linear', or unset it."
+        )
     plain, inputs = _read(layers, batches, scores, rows)
     of_batch = torch.arange(len(batches)).repeat_interleave(torch.tensor([len(x) for x in plain]))
     odd = of_batch % 2 == 1
     if len(of_batch) < FOLDS or min(len(fit.target[half].unique()) for half in (odd, ~odd)) < 2:
-        raise ValueError(
+        raise DepthError(
             f"zo_fit_depth=True fits to the rows of even and odd batches by turns: the {len(of_batch)} rows in {len(batches)} "
             "batches are too few, or a half of them is of one class. Set zo_head_samples higher, or unset it."
         )

@@ -101,8 +101,10 @@ def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Log
     return HeadFit(facts, left_out, seen.target.cpu())
 
 
-def fittable(model: nn.Module, collator: Any, rows: Iterable[Any]) -> bool:
-    """Whether `fit_head` can be expected to work, judged by what is there before the Trainer is.
+def fittable(model: nn.Module, collator: Any, rows: Iterable[Any]) -> int:
+    """Among how many classes or options `fit_head` can be expected to tell, judged by what is there before the Trainer is.
+
+    0 if it has nothing to fit.
 
     Args:
         model: of a language model, the base model or one with an adapter on its output layer.
@@ -113,8 +115,10 @@ def fittable(model: nn.Module, collator: Any, rows: Iterable[Any]) -> bool:
     if isinstance(collator, OptionCollator):
         has_place = is_language_model and (not isinstance(model, PeftModel) or adapted_head(model) is not None)
         prompts = list(rows) if has_place else []
-        return bool(prompts) and _common_options(collator(prompts)["labels"]) is not None
-    return not is_language_model and bool(_trained_heads(model)) and all(_is_class(row) for row in rows)
+        common = _common_options(collator(prompts)["labels"]) if prompts else None
+        return 0 if common is None else len(common[2])
+    trained = [] if is_language_model else _trained_heads(model)
+    return trained[-1].out_features if trained and all(_is_class(row) for row in rows) else 0
 
 
 def _is_class(row: Any) -> bool:

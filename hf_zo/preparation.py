@@ -29,13 +29,13 @@ from .adapters import (
     freeze_head,
 )
 from .checkpoints import is_weightless
-from .depth import attention_outputs, fit_depth
+from .depth import DepthError, attention_outputs, fit_depth
 from .engine_runs import EngineRuns
 from .head import HeadFit, fit_head, fittable, output_layer
 from .packing import Packing, numbered
 from .runtimes.torch import Randomness, evaluation_mode
 from .tasks.scoring import OptionLabels, option_scores
-from .training_args import AUTO_HEAD_SAMPLES, ZOTrainingArguments
+from .training_args import AUTO_DEPTH_OPTIONS, AUTO_HEAD_SAMPLES, ZOTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,16 @@ class Preparation(EngineRuns):
         if args.zo_auto:
             collator, data = self._given
             possible = args.zo_runtime == "torch" and data is not None
-            fits = possible and fittable(model, collator, spread(data, AUTO_HEAD_SAMPLES))
-            args.zo_head_samples = AUTO_HEAD_SAMPLES if fits else 0
-            logger.info("zo_method='auto': ZO-Act%s.", ", after a fit of the output layer" if fits else " alone, without a fit")
+            options = fittable(model, collator, spread(data, AUTO_HEAD_SAMPLES)) if possible else 0
+            if args.zo_fit_depth and not options:
+                raise ValueError(
+                    "zo_fit_depth=True goes on from a fit of the output layer, which zo_method='auto' cannot make here: that "
+                    "takes a classifier, or prompts whose options are single tokens, and zo_runtime='torch'. Unset it."
+                )
+            args.zo_head_samples = AUTO_HEAD_SAMPLES if options else 0
+            args.zo_fit_depth |= 0 < options <= AUTO_DEPTH_OPTIONS
+            said = "zo_method='auto': ZO-Act, with zo_head_samples=%d and zo_fit_depth=%s."
+            logger.info(said, args.zo_head_samples, args.zo_fit_depth)
         if isinstance(model, PeftModel):
             check_basis(model)
             freeze_basis(model)
@@ -129,16 +136,16 @@ class Preparation(EngineRuns):
             found = fit_head(self.model, batches, self._logits)
             logger.info("The output layer: %s", _told(found.facts))
             if self.args.zo_fit_depth:
-                logger.info("The middle blocks: %s", _told(self._fit_depth(batches, found)))
+                try:
+                    logger.info("The middle blocks: %s", _told(self._fit_depth(batches, found)))
+                except DepthError as error:
+                    if not self.args.zo_auto:
+                        raise
+                    self.args.zo_fit_depth = False
+                    logger.warning("zo_method='auto' leaves the middle blocks as they are. %s", error)
 
     def _fit_depth(self, batches: list[dict[str, Any]], found: HeadFit) -> dict[str, float]:
         """Continue the fit in the middle blocks."""
-        layers = attention_outputs(self.model)
-        if not layers:
-            raise ValueError(
-                "zo_fit_depth=True finds no adapter on an attention layer in the middle of the model; set zo_act_targets to "
-                "'all-linear', or unset it."
-            )
         mask: torch.Tensor | None = None
 
         def scores(batch: Mapping[str, Any]) -> torch.Tensor:
@@ -153,7 +160,7 @@ class Preparation(EngineRuns):
                 row[begin:end] = example
             return row if mask is None or mask.numel() != tokens else row.where(mask.flatten().bool(), -1)
 
-        return fit_depth(layers, batches, found, scores, rows, seed=int(self.args.zo_seed or 0))
+        return fit_depth(attention_outputs(self.model), batches, found, scores, rows, seed=int(self.args.zo_seed or 0))
 
     def training_batches(self, wanted: int) -> list[dict[str, Any]]:
         """``wanted`` training rows, collated and on the device, in batches of the training's size."""

@@ -43,6 +43,7 @@ RECOMMENDED: dict[str, dict[Trained, tuple[float, float]]] = {
 AFTER_HEAD = {"zo_act": 0.3}
 
 AUTO_HEAD_SAMPLES = 1000  # hidden states of a training row are a few kilobytes, the fit takes seconds
+AUTO_DEPTH_OPTIONS = 5  # the fit of middle blocks takes a pass over these rows for each block and option
 
 # Layer-wise optimizers update inside the backward pass, which does not exist here.
 _NEEDS_BACKWARD = ("lomo", "adalomo", "layerwise")
@@ -60,9 +61,9 @@ class ZOTrainingArguments(TrainingArguments):
 
     Args:
         zo_method (`str`, defaults to `"mezo"`):
-            Gradient estimator, a key of `hf_zo.estimators.METHODS`; or `"auto"`: ZO-Act, after the output layer is
-            fitted to 1,000 training rows (`zo_head_samples`) where that can be, for classifiers and for prompts whose options
-            are single tokens.
+            Gradient estimator, a key of `hf_zo.estimators.METHODS`; or `"auto"`: ZO-Act, after the output layer and, for up to
+            5 options, middle blocks are fitted to 1,000 training rows (`zo_head_samples`, `zo_fit_depth`) where that can be,
+            for classifiers and for prompts whose options are single tokens.
         zo_eps (`float`, *optional*):
             Smoothing radius. Default: 1e-3 for full-parameter runs, 1e-2 for LoRA, 1e-1 for prefix and prompt tuning, the
             values of MeZO's published runs. Smaller is less biased and noisier; below 1e-4 it no longer resolves bf16

@@ -378,8 +378,10 @@ def automatic(folder: Path, data: Any, collator: Any, model: nn.Module | None = 
 def test_auto_fits_the_output_layer_of_a_model_that_chooses_among_options(tmp_path: Path) -> None:
     run = automatic(tmp_path, Encoded(), OptionCollator(Pad()), remove_unused_columns=False)  # type: ignore[arg-type]
     assert (run.args.zo_method, run.args.zo_head_samples, run.args.optim) == ("zo_act", 1000, "adamw_torch")
+    assert run.args.zo_fit_depth
     assert run.args.learning_rate == pytest.approx(3e-4)
     run.train()
+    assert run.args.zo_fit_depth
     assert any(p.any() for name, p in head_of(run.model).items() if "lora_B" in name)
 
 
@@ -393,19 +395,37 @@ def test_auto_fits_the_output_layer_of_a_model_that_chooses_among_options(tmp_pa
 )
 def test_auto_is_zo_act_alone_where_there_is_nothing_to_fit(tmp_path: Path, data: Any, collator: Any, more: Any) -> None:
     run = automatic(tmp_path, data, collator, **more)
-    assert (run.args.zo_method, run.args.zo_head_samples) == ("zo_act", 0)
+    assert (run.args.zo_method, run.args.zo_head_samples, run.args.zo_fit_depth) == ("zo_act", 0, False)
     assert run.args.learning_rate == pytest.approx(1e-3)
     assert head_of(run.model) == {}
 
 
-def test_auto_fits_a_classifier(tmp_path: Path) -> None:
+def classifying(folder: Path, classes: int, **more: Any) -> ZOTrainer:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
-    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
-    rows = [{"input_ids": torch.tensor([1, 2 + i]), "attention_mask": torch.ones(2), "label": i % 3} for i in range(24)]
-    run = automatic(tmp_path, rows, None, model)
-    assert run.args.zo_head_samples == 1000
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 64}
+    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=classes))
+    rows = [{"input_ids": torch.tensor([1, 2 + i]), "attention_mask": torch.ones(2), "label": i % classes} for i in range(24)]
+    return automatic(folder, rows, None, model, **more)
+
+
+@pytest.mark.parametrize(("classes", "depth"), [(3, True), (6, False)])
+def test_auto_fits_a_classifier(classes: int, depth: bool, tmp_path: Path) -> None:
+    run = classifying(tmp_path, classes, per_device_train_batch_size=4)
+    assert (run.args.zo_head_samples, run.args.zo_fit_depth) == (1000, depth)
     run.train()
+    assert run.args.zo_fit_depth == depth
+
+
+def test_auto_leaves_out_what_the_rows_do_not_suffice_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = classifying(tmp_path, 3, per_device_train_batch_size=24)
+    run.train()
+    assert not run.args.zo_fit_depth
+    assert "the 24 rows in 1 batches are too few" in caplog.text
+
+
+def test_auto_names_a_fit_that_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="zo_fit_depth=True goes on from a fit of the output layer, which zo_method='auto'"):
+        automatic(tmp_path, Sentences(), collate, zo_fit_depth=True)
 
 
 def test_auto_keeps_what_is_asked_for(tmp_path: Path) -> None:
