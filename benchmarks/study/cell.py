@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from hardware import environment
@@ -30,9 +31,10 @@ from hf_zo.trainer import NonFiniteLossError
 from .grid import Cell, Cost, Grid, metric_of
 from .progress import Folders, rows_of
 
-DIVERGED = 2.0
-"""A run has diverged if a loss was not finite, or if the mean of the last tenth of its losses exceeds the first loss this many
-times. A loss here is the mean over a hundredth of the run."""
+DIVERGED, DIVERGED_AT_ONCE = 2.0, 4.0
+"""A run has diverged if a loss was not finite, or if the mean of the last tenth of its losses exceeds that of the first tenth,
+or the very first loss, this many times: a single loss is noisy, and a tenth may hold the divergence. A loss here is the mean
+over a hundredth of the run."""
 
 _PROMPT_TOKENS = 2048  # most tokens of a prompt with demonstrations
 
@@ -166,9 +168,12 @@ def divergence(losses: Sequence[float], evaluated: Sequence[float] = ()) -> str 
     wrong = [x for x in (*losses, *evaluated) if not math.isfinite(x)]
     if wrong:
         return f"a loss of {wrong[0]}"
-    tail = losses[-max(1, len(losses) // 10) :]
-    if tail and sum(tail) / len(tail) > DIVERGED * losses[0]:
-        return f"the loss ended at {sum(tail) / len(tail):.3f}, above {DIVERGED:g} times the first, {losses[0]:.3f}"
+    tenth = max(1, len(losses) // 10)
+    end = fmean(losses[-tenth:]) if losses else 0.0
+    for times, start in ((DIVERGED, losses[:tenth]), (DIVERGED_AT_ONCE, losses[:1])):
+        if start and end > times * fmean(start):
+            first = f"that of the first {len(start)} log entries, {fmean(start):.3f}"
+            return f"the loss ended at {end:.3f}, above {times:g} times {first}"
     return None
 
 

@@ -94,7 +94,9 @@ def test_a_run_that_diverges_is_recorded(study, arm, multiplier):
 def test_what_counts_as_divergence():
     assert divergence([0.7] * 20 + [1.3] * 5) is None
     assert divergence([]) is None
-    assert "ended at 1.500, above 2 times the first, 0.700" in divergence([0.7] * 18 + [1.5] * 2)
+    assert "ended at 1.500, above 2 times that of the first 2 log entries, 0.700" in divergence([0.7] * 18 + [1.5] * 2)
+    assert divergence([0.3, *[1.0] * 19]) is None  # the first batch was an easy one
+    assert "ended at 9.000, above 4 times" in divergence([0.7, *[9.0] * 19])  # before the first tenth was over
     assert divergence([0.7, 9.0, *[0.7] * 30]) is None  # came back
     assert "nan" in divergence([0.7, float("nan"), 0.7])
     assert "inf" in divergence([0.7, 0.7], [float("inf")])
