@@ -7,9 +7,10 @@ states can learn, this finds what can be learnt by changing what attention passe
 In the middle of the network the scores respond to almost one direction u of all that a block may write. So, block by block,
 with forward passes over the rows:
 
-1. u: every row's writing is nudged by Gaussian noise of its own; the mean of noise times change of the scores.
-2. a_k: what logistic regression of the classes on the inputs adds to the scores of the output layer, of the last tokens'
-   inputs and of the means over tokens. Once for the rows of even batches, once for those of odd ones.
+1. u: every row's writing is nudged by Gaussian noise of its own; the mean of noise times change of the scores. Half as many
+   rows as the block is wide will do: what is left of the noise in u does not move the scores.
+2. a_k: what logistic regression of the classes on the inputs, averaged over tokens, adds to the scores of the output layer.
+   Once for the rows of even batches, once for those of odd ones.
 3. How the scores of every row change with c_k, one forward pass each, along the a_k of the rows that it is not one of.
 
 The coefficients c of all blocks are then a convex problem, as the output layer is, with a ridge chosen by cross-validation. Its
@@ -82,7 +83,7 @@ def fit_depth(
         layers: see `attention_outputs`; they carry ZO-Act's adapter, B zero.
         batches: the rows that the output layer was fitted to.
         fit: what came of that.
-        scores: see `Scores`; called once for every batch, and 2 C - 1 times for each layer, where C is the number of classes
+        scores: see `Scores`; called once for every batch, and up to C times for each layer, where C is the number of classes
             or options (and a few times more for one batch, to find how far to go).
         rows: see `Rows`.
         seed: key of the noise.
@@ -109,8 +110,10 @@ def fit_depth(
     responses: list[torch.Tensor] = []
     places: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # layer, u, and a for a response of 1
     for name, layer in layers.items():
+        width = factors_of(layer)[1].shape[0]
+        some = slice(None, None, max(1, len(of_batch) // (width // 2)))
+        u = _sensitive(_Changes(layer, batches[some], plain[some], scores, rows), seed, name)
         changes = _Changes(layer, batches, plain, scores, rows)
-        u = _sensitive(changes, seed, name)
         of_even, of_odd = (_discriminants(inputs[name], fit, half) for half in (~odd, odd))
         for even_a, odd_a in zip(of_even, of_odd, strict=True):
             # Rows of even batches are moved along what those of odd ones told, and the other way round.
@@ -195,7 +198,7 @@ def _sensitive(changes: _Changes, seed: int, name: str) -> torch.Tensor:
 def _read(
     layers: Mapping[str, LoraLayer], batches: Sequence[Mapping[str, Any]], scores: Scores, rows: Rows
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Centred scores of the batches, and by layer [2, N, d_in]: inputs at rows' last tokens, and their means over tokens."""
+    """Centred scores of the batches, and by layer [N, d_in]: the rows' inputs, averaged over tokens."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def watched(name: str) -> Callable[..., None]:
@@ -203,10 +206,8 @@ def _read(
             x = args[0].reshape(-1, args[0].shape[-1]).float()
             row = rows(len(x))
             x, row = x[row >= 0], row[row >= 0]
-            count = torch.bincount(row)
-            place = torch.arange(len(row), device=row.device)
-            last = x[torch.zeros_like(count).scatter_reduce_(0, row, place, "amax")]  # rows may come in any order
-            seen[name].append(torch.stack([last, torch.zeros_like(last).index_add_(0, row, x) / count[:, None]]))
+            count = torch.bincount(row)[:, None]
+            seen[name].append(x.new_zeros(len(count), x.shape[1]).index_add_(0, row, x) / count)
 
         return hook
 
@@ -216,23 +217,19 @@ def _read(
     finally:
         for handle in handles:
             handle.remove()
-    return plain, {name: torch.cat(parts, 1) for name, parts in seen.items()}
+    return plain, {name: torch.cat(parts) for name, parts in seen.items()}
 
 
 def _discriminants(x: torch.Tensor, fit: HeadFit, half: torch.Tensor) -> torch.Tensor:
-    """[2 (C - 1), d_in]: what the inputs [2, N, d_in] of some rows tell of their classes that the scores do not."""
+    """[C - 1, d_in]: what the inputs x [N, d_in] of some rows tell of their classes that the scores do not."""
     count = fit.left_out.shape[1]
     contrasts = torch.linalg.qr(torch.cat([torch.ones(count, 1), torch.eye(count)[:, 1:]], 1).double()).Q[:, 1:].T
-    found = []
-    for inputs in x.double().cpu():
-        centred = inputs[half] - inputs[half].mean(0)
-        scale = centred.square().mean().sqrt()
-        centred /= scale
-        start = torch.zeros(count, x.shape[-1], dtype=torch.float64)
-        z, everything = fit.left_out[half], torch.ones(len(centred), dtype=torch.bool)
-        w = minimum(lambda some, w, x=centred, z=z: z + x @ w.T, everything, fit.target[half], _RIDGE, start)  # type: ignore[misc]
-        found.append(contrasts @ w / scale)
-    return torch.cat(found).to(x)
+    inputs, z, target = x.double().cpu()[half], fit.left_out[half], fit.target[half]
+    inputs = inputs - inputs.mean(0)
+    scale = inputs.square().mean().sqrt()
+    start = torch.zeros(count, x.shape[1], dtype=torch.float64)
+    w = minimum(lambda some, w: z[some] + (inputs[some] / scale) @ w.T, target >= 0, target, _RIDGE, start)
+    return (contrasts @ w / scale).to(x)
 
 
 def _write(layer: LoraLayer, u: torch.Tensor, a: torch.Tensor) -> None:

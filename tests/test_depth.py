@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_zo import ZOTrainingArguments, head, preparation
+from hf_zo import ZOTrainingArguments, depth, head, preparation
 from hf_zo.adapters import adapted_layers, attach, check_basis, factors_of
 from hf_zo.depth import attention_outputs, fit_depth
 from hf_zo.head import HeadFit
@@ -89,14 +89,28 @@ def test_the_layer_is_moved_along_what_the_scores_read_by_what_tells_the_classes
     (_, layer), *_ = adapted_layers(made[0])
     basis, b = factors_of(layer)
     u = made[0].base_model.model.readout[0]
-    assert float(torch.cosine_similarity(b[:, -1], u, dim=0).abs()) > 0.95  # of 320 rows in 8 dimensions
+    # One batch says enough of u: 16 rows in 8 dimensions, so about sqrt(16 / 24) = 0.82; chance is 0.35.
+    assert float(torch.cosine_similarity(b[:, -1], u, dim=0).abs()) > 0.6
     assert float(basis[-1, 0].abs()) > 0.8  # in 12 dimensions
     assert not b[:, :-1].any()
-    assert facts["coefficients"] == 4  # two contrasts of classes, by last tokens and by means over tokens
+    assert facts["coefficients"] == 2  # contrasts of three classes
     assert facts["loss_after"] < facts["loss_before"] - 0.1
     # Left-out rows with the scores as affine functions say what the rows' own scores, as they are, come to.
     assert loss_of(made) == pytest.approx(facts["loss_after"], abs=0.05)
     assert facts["loss_before"] == pytest.approx(before, abs=1e-6)
+
+
+def test_the_more_rows_the_closer_is_what_the_scores_read() -> None:
+    model, batches, _, scores, rows = problem()
+    (name, layer), *_ = adapted_layers(model)
+    found = []
+    with torch.no_grad():
+        plain = [scores(batch) - scores(batch).mean(1, keepdim=True) for batch in batches]
+        for n in (1, 20):
+            u = depth._sensitive(depth._Changes(layer, batches[:n], plain[:n], scores, rows), 0, name)
+            found.append(float(torch.cosine_similarity(u, model.base_model.model.readout[0], dim=0).abs()))
+    assert found[1] > 0.95  # 320 rows in 8 dimensions
+    assert found[1] > found[0]
 
 
 def test_the_adapter_stays_one_of_zo_act() -> None:
