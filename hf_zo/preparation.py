@@ -45,6 +45,7 @@ class Preparation(EngineRuns):
 
     _packing: Packing
     _calibrated = False
+    _chose_depth = False  # zo_method="auto" did, where nobody had asked for zo_fit_depth
     _given: tuple[Any, Any] = (None, None)  # data collator and training rows, before the Trainer has them
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -64,7 +65,8 @@ class Preparation(EngineRuns):
                     "takes a classifier, or prompts whose options are single tokens, and zo_runtime='torch'. Unset it."
                 )
             args.zo_head_samples = AUTO_HEAD_SAMPLES if options else 0
-            args.zo_fit_depth |= 0 < options <= AUTO_DEPTH_OPTIONS
+            if not args.zo_fit_depth:
+                args.zo_fit_depth = self._chose_depth = 0 < options <= AUTO_DEPTH_OPTIONS
             said = "zo_method='auto': ZO-Act, with zo_head_samples=%d and zo_fit_depth=%s."
             logger.info(said, args.zo_head_samples, args.zo_fit_depth)
         if isinstance(model, PeftModel):
@@ -139,7 +141,7 @@ class Preparation(EngineRuns):
                 try:
                     logger.info("The middle blocks: %s", _told(self._fit_depth(batches, found)))
                 except DepthError as error:
-                    if not self.args.zo_auto:
+                    if not self._chose_depth:
                         raise
                     self.args.zo_fit_depth = False
                     logger.warning("zo_method='auto' leaves the middle blocks as they are. %s", error)

@@ -105,7 +105,7 @@ def test_the_more_rows_the_closer_is_what_the_scores_read() -> None:
     (name, layer), *_ = adapted_layers(model)
     found = []
     with torch.no_grad():
-        plain = [scores(batch) - scores(batch).mean(1, keepdim=True) for batch in batches]
+        plain = [depth._centred(scores(batch)) for batch in batches]
         for n in (1, 20):
             u = depth._sensitive(depth._Changes(layer, batches[:n], plain[:n], scores, rows), 0, name)
             found.append(float(torch.cosine_similarity(u, model.base_model.model.readout[0], dim=0).abs()))

@@ -423,6 +423,12 @@ def test_auto_leaves_out_what_the_rows_do_not_suffice_for(tmp_path: Path, caplog
     assert "the 24 rows in 1 batches are too few" in caplog.text
 
 
+def test_auto_does_not_leave_out_what_is_asked_for(tmp_path: Path) -> None:
+    run = classifying(tmp_path, 3, per_device_train_batch_size=24, zo_fit_depth=True)
+    with pytest.raises(ValueError, match="the 24 rows in 1 batches are too few"):
+        run.train()
+
+
 def test_auto_names_a_fit_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="zo_fit_depth=True goes on from a fit of the output layer, which zo_method='auto'"):
         automatic(tmp_path, Sentences(), collate, zo_fit_depth=True)

@@ -279,11 +279,11 @@ multipliers of its own published or recommended one, chosen on development rows 
 multipliers that were tried. Differences to MeZO are paired by seed, p is of the paired t-test.
 
 The budget counts forward passes of a batch: a step of a first-order arm counts {FORWARDS_PER_FIRST_ORDER_STEP}, ZO-Act's
-calibration and the pass over the training rows that a linear probe needs count too, evaluations do not. Seconds are those of
+calibration and the passes over the training rows that probes need count too, evaluations do not. Seconds are those of
 training, evaluations on the way included; peak memory is that of the whole process. A run has diverged if a loss was not
 finite, or if the last tenth of its losses is above {DIVERGED:g} times the first tenth, or {DIVERGED_AT_ONCE:g} times the
-very first; it counts with the score it ended at. Arms that train nothing
-or the output layer alone, and ZO-Act, which brings its adapter, stand in the table of every form."""
+very first; it counts with the score it ended at. Arms that train nothing, or what is fitted before the first step alone, and
+ZO-Act, which brings its adapter, stand in the table of every form."""
 
 _CLAIMS = f"""Differences of paired runs, over all tasks, forms and seeds. Reproduced: the difference exceeds what is claimed (0
 unless it says more), with p < {SIGNIFICANT:g} in the paired t-test."""
