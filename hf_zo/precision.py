@@ -50,6 +50,11 @@ class _Fp32Losses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def cpu_multiplies_16_bit() -> bool:
+    """Whether torch multiplies 16-bit numbers on this processor without emulating each product, 7 times slower than fp32."""
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+
+
 def _is_narrow(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16)
 

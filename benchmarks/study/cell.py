@@ -15,19 +15,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from hardware import environment
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainerCallback, set_seed
 
 from hf_zo import ZOTrainer
+from hf_zo.precision import cpu_multiplies_16_bit
 from hf_zo.tasks import TASKS, GenerateToEvaluate, Task
 from hf_zo.tasks.finetune import trainer_parts
 from hf_zo.trainer import NonFiniteLossError
 
+from .arithmetic import ProductsInFp32
 from .grid import Cell, Cost, Grid, metric_of
 from .progress import Folders, rows_of
 
@@ -61,6 +64,14 @@ class _AtCheckpoints(TrainerCallback):
 def run_cell(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
     """Run a cell in this process and return its result: JSON types only."""
     begin = time.time()
+    emulated = grid.dtype == "bfloat16" and not (torch.cuda.is_available() or cpu_multiplies_16_bit())
+    with ProductsInFp32() if emulated else nullcontext():
+        found = _run(grid, cell, folders)
+    found["environment"] = {**environment(), "bfloat16": "products in fp32, rounded"} if emulated else environment()
+    return {**found, "seconds": round(time.time() - begin, 1), "peak_megabytes": peak_megabytes()}
+
+
+def _run(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
     arm, task, cost = grid.arms[cell.arm], TASKS[cell.task], grid.cost(cell)
     rows = rows_of(grid, cell, folders.data)
     model_arguments = grid.model_arguments(cell, folders.model)
@@ -122,10 +133,7 @@ def run_cell(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
         ],
         "steps": trainer.state.global_step,
         "forward_passes": forwards_at(trainer.state.global_step, history, cost),
-        "seconds": round(time.time() - begin, 1),
         "train_seconds": round(seconds, 1),
-        "peak_megabytes": peak_megabytes(),
-        "environment": environment(),
     }
 
 

@@ -87,29 +87,44 @@ def best_multiplier(tuned: Iterable[Mapping[str, Any]]) -> float:
 
     Where all diverged it is the smallest.
     """
+    return float(max(tuned, key=_merit)["config"]["multiplier"])
 
-    def merit(result: Mapping[str, Any]) -> tuple[float, ...]:
-        if result["status"] != "ok":
-            return (0, -float(result["config"]["multiplier"]))
-        return (1, score_of(result), -float(result["evaluations"][-1]["loss"]))
 
-    return float(max(tuned, key=merit)["config"]["multiplier"])
+def _merit(result: Mapping[str, Any]) -> tuple[float, ...]:
+    if result["status"] != "ok":
+        return (0, -float(result["config"]["multiplier"]))
+    return (1, score_of(result), -float(result["evaluations"][-1]["loss"]))
+
+
+def tuning(grid: Grid, folders: Folders, group: tuple[str, str, str]) -> tuple[list[dict[str, Any]], list[Cell]]:
+    """Tuning results of an arm, and the cells that are still to run, from small rates to large.
+
+    A rate is not tried when the one before it diverged, or when the two before it were both worse than the best.
+
+    Raises:
+        GridError: if a result was made under other conditions than the grid now names.
+    """
+    cells = sorted(grid.tune_cells(group), key=lambda cell: cell.multiplier)
+    results = [checked(grid, folders, cell) for cell in cells]
+    there = [result for result in results if result is not None]
+    before = there if None not in results else there[: results.index(None)]
+    best = max(map(_merit, before), default=())
+    too_large = bool(before) and (before[-1]["status"] != "ok" or (len(before) > 2 and max(map(_merit, before[-2:])) < best))
+    return there, [] if too_large else [cell for cell, result in zip(cells, results, strict=True) if result is None]
 
 
 def runnable(grid: Grid, folders: Folders, phases: Sequence[str] = ("tune", "final")) -> list[Cell]:
-    """Cells without a result that can run now: all of phase ``tune``, and those of phase ``final`` whose arm is tuned.
+    """Cells without a result that can run now: of each arm the next one to tune it by, or all final ones once it is tuned.
 
     Raises:
         GridError: if a result was made under other conditions than the grid now names.
     """
     found: list[Cell] = []
     for group in grid.groups():
-        tuning = grid.tune_cells(group)
-        results = [checked(grid, folders, cell) for cell in tuning]
+        tuned, left = tuning(grid, folders, group)
         if "tune" in phases:
-            found += [cell for cell, result in zip(tuning, results, strict=True) if result is None]
-        tuned = [result for result in results if result is not None]
-        if "final" in phases and len(tuned) == len(tuning):
+            found += left[:1]
+        if "final" in phases and not left:
             final = grid.final_cells(group, best_multiplier(tuned))
             found += [cell for cell in final if checked(grid, folders, cell) is None]
     return found

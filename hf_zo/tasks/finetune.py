@@ -28,6 +28,7 @@ from transformers import (
 
 from ..adapters import draw_adapter
 from ..hub import ModelCardCallback
+from ..precision import cpu_multiplies_16_bit
 from ..trainer import ZOTrainer
 from ..training_args import ZOTrainingArguments
 from .data import load_rows
@@ -145,8 +146,8 @@ def _dtype_of(arguments: ModelArguments) -> torch.dtype:
         chosen = torch.bfloat16
         if torch.cuda.is_available():
             chosen = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        elif torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):
-            chosen = torch.float32  # 16-bit products would be emulated, at a tenth of the speed
+        elif not cpu_multiplies_16_bit():
+            chosen = torch.float32
         logger.info("Weights are loaded as %s.", str(chosen).removeprefix("torch."))
         return chosen
     if arguments.dtype not in ("bfloat16", "float32", "float16"):
