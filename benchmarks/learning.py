@@ -28,7 +28,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from study.grid import Cell, Grid, GridError, metric_of
-from study.progress import Folders, checked, runnable, score_of
+from study.progress import Folders, best_multiplier, checked, runnable, score_of, tuning
 from study.reading import check_places, read_grid
 
 from hf_zo.tasks import TASKS
@@ -112,17 +112,16 @@ def overview(grid: Grid, folders: Folders, only: str = "") -> Table:
     table = Table("task", "form", "arm", "tune", "final", "forward passes a cell", "left", title=f"{grid.name}: done / cells")
     total = 0
     for group in grid.groups():
+        tuned, untried = tuning(grid, folders, group)
         # Which multiplier will be final does not change the number of cells.
-        tune, final = grid.tune_cells(group), grid.final_cells(group, grid.tune_cells(group)[0].multiplier)
-        if not any(re.search(only, cell.name) for cell in (*tune, *final)):
+        final = grid.final_cells(group, best_multiplier(tuned) if tuned else 1.0)
+        if not any(re.search(only, cell.name) for cell in (*grid.tune_cells(group), *final)):
             continue
-        done = sum(checked(grid, folders, cell) is not None for cell in tune)
-        left = sum(grid.cost(cell).total for cell in tune if checked(grid, folders, cell) is None)
-        waiting = [c for c in runnable(grid, folders, ("final",)) if c.group == group] if done == len(tune) else final
-        left += sum(grid.cost(cell).total for cell in waiting)
+        waiting = final if untried else [cell for cell in final if checked(grid, folders, cell) is None]
+        left = sum(grid.cost(cell).total for cell in (*untried, *waiting))
         total += left
-        costs = f"{grid.cost(tune[0]).total} / {grid.cost(final[0]).total}"
-        table.add_row(*group, f"{done}/{len(tune)}", f"{len(final) - len(waiting)}/{len(final)}", costs, str(left))
+        costs = f"{grid.cost(grid.tune_cells(group)[0]).total} / {grid.cost(final[0]).total}"
+        table.add_row(*group, f"{len(tuned)}/{len(tuned) + len(untried)}", f"{len(final) - len(waiting)}/{len(final)}", costs, str(left))
     table.caption = f"{total} forward passes of {grid.batch_size} examples left, besides evaluations"
     return table
 

@@ -1,4 +1,4 @@
-"""Losses in fp32 even where a 16-bit model would take them from 16-bit logits.
+"""What 16-bit weights need: losses in fp32, and a processor that multiplies in their type.
 
 Near 0.69 one bf16 ulp is 4e-3: a two-sided difference at radius 1e-3 would be quantised in steps of 2. Causal language
 models of transformers upcast by themselves; sequence classifiers and custom models often do not.
@@ -6,6 +6,7 @@ models of transformers upcast by themselves; sequence classifiers and custom mod
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+logger = logging.getLogger(__name__)
 
 _LOSSES: set[Callable[..., Any]] = {
     nn.functional.cross_entropy,
@@ -53,6 +56,17 @@ class _Fp32Losses(TorchFunctionMode):
 def cpu_multiplies_16_bit() -> bool:
     """Whether torch multiplies 16-bit numbers on this processor without emulating each product, 7 times slower than fp32."""
     return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+
+
+def warn_of_slow_products(model: nn.Module) -> None:
+    """Tell of 16-bit weights on a processor that does not multiply in 16 bits: transformers loads what a checkpoint holds."""
+    narrow = next((p for p in model.parameters() if _is_narrow(p) and p.device.type == "cpu"), None)
+    if narrow is not None and not cpu_multiplies_16_bit():
+        logger.warning(
+            "The model is in %s, in which this processor does not multiply: a forward pass takes several times as long as in "
+            "fp32. Load it with dtype=torch.float32 if twice the memory is there.",
+            str(narrow.dtype).removeprefix("torch."),
+        )
 
 
 def _is_narrow(x: Any) -> bool:

@@ -33,7 +33,7 @@ from .hub.callbacks import ZOTrainerCallback, card_of
 from .objectives import OBJECTIVES, contributions, example_count, label_count, shifts_labels
 from .optimizer import ZOOptimizer
 from .packing import Packing, example_of_items, numbered
-from .precision import LossesSeen, fp32_losses
+from .precision import LossesSeen, fp32_losses, warn_of_slow_products
 from .preparation import Preparation
 from .runtimes import TorchRuntime
 from .runtimes.remote import Server
@@ -105,6 +105,7 @@ class ZOTrainerMixin(Preparation):
         if args.zo_head_samples:
             self._check_head(self.model)
         self._check_model(self.model)
+        warn_of_slow_products(self.model)
         self._engine = self._engine_of(self.model)
         if args.zo_server is not None:
             self._check_served()

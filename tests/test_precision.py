@@ -1,4 +1,4 @@
-"""fp32_losses: the difference of two losses is not quantised by 16-bit logits."""
+"""Differences of losses are not quantised by 16-bit logits, and slow 16-bit products are told."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_zo.precision import LossesSeen, fp32_losses
+from hf_zo.precision import LossesSeen, fp32_losses, warn_of_slow_products
 
 
 def bert(dtype, labels=2, problem=None):
@@ -152,3 +152,13 @@ def test_a_model_that_takes_its_losses_in_fp32_is_watched_once():
     for _ in range(3):
         assert watched(lambda: functional.cross_entropy(logits, labels), seen)
     assert seen.narrow == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_16_bit_weights_on_a_processor_without_16_bit_products_are_told(monkeypatch, caplog, capability, dtype):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    warn_of_slow_products(bert(dtype))
+    told = dtype != torch.float32 and capability == "AVX2"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * told
+    assert ("dtype=torch.float32" in caplog.text) == told

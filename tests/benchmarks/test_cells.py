@@ -12,6 +12,7 @@ import learning
 import pytest
 import torch
 from benchmarks.made_up import write_rows
+from study.arithmetic import ProductsInFp32
 from study.cell import divergence, run_cell, with_demonstrations, write_cell
 from study.grid import Cell
 from study.progress import best_multiplier, checked, read_cell, runnable
@@ -32,6 +33,22 @@ def run_here(grid, folders, only="", ran=None):
         learning.run_one(grid, folders, cell.name)
 
     assert learning.run_cells(grid, folders, 1, only, runner, PHASES) == []
+
+
+def test_bfloat16_is_multiplied_in_fp32_where_the_processor_cannot(study, monkeypatch):
+    torch.manual_seed(0)
+    x, w, b = (torch.randn(*shape).bfloat16() for shape in ((5, 64), (32, 64), (32,)))
+    with ProductsInFp32():
+        found = torch.nn.functional.linear(x, w, b)
+        wide = torch.nn.functional.linear(x.float(), w.float())
+    exact = x.double() @ w.double().T + b.double()
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.float().bfloat16())
+    assert wide.dtype == torch.float32
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    grid, folders = study(dtype="bfloat16", arms=["mezo"], forms=["lora"])
+    result = run_cell(grid, grid.tune_cells(("sst2", "lora", "mezo"))[0], folders)
+    assert (result["status"], result["environment"]["bfloat16"]) == ("ok", "products in fp32, rounded")
 
 
 def test_a_grid_from_tuning_to_final(study):

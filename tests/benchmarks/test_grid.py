@@ -6,7 +6,7 @@ import pytest
 from study.arms import ARMS
 from study.cell import write_cell
 from study.grid import Cell, GridError
-from study.progress import best_multiplier, checked, rows_of, runnable
+from study.progress import best_multiplier, checked, rows_of, runnable, tuning
 from study.reading import check_places, read_grid
 
 GRIDS = Path(__file__).parents[2] / "benchmarks" / "grids"
@@ -174,12 +174,36 @@ def test_the_best_multiplier_did_not_diverge_and_has_the_best_score(study):
 def test_final_cells_wait_for_all_tuning_cells_of_their_arm(study):
     grid, folders = study(arms=["mezo"], forms=["lora"])
     low, high = grid.tune_cells(("sst2", "lora", "mezo"))
-    assert runnable(grid, folders) == [low, high]
+    assert runnable(grid, folders) == [low]
     write_cell(folders.file(grid, low), result_of(grid, low, 0.6))
     assert runnable(grid, folders) == [high]
     write_cell(folders.file(grid, high), result_of(grid, high, 0.8))
     assert runnable(grid, folders) == grid.final_cells(low.group, 10)
     assert runnable(grid, folders, ("tune",)) == []
+
+
+@pytest.mark.parametrize(
+    ("results", "goes_on"),
+    [
+        ([("ok", 0.6)], True),
+        ([("ok", 0.6), ("ok", 0.5)], True),  # one worse score may be chance
+        ([("ok", 0.6), ("ok", 0.5), ("ok", 0.55)], False),
+        ([("ok", 0.5), ("ok", 0.5), ("ok", 0.5)], True),
+        ([("ok", 0.5), ("ok", 0.6), ("ok", 0.55)], True),
+        ([("ok", 0.5), ("diverged", 0.9)], False),
+        ([("diverged", 0.5)], False),
+    ],
+)
+def test_rates_are_not_tried_beyond_those_that_are_too_large(study, results, goes_on):
+    grid, folders = study(arms=["mezo"], forms=["lora"], multipliers=[30, 10, 3, 1])
+    cells = grid.tune_cells(("sst2", "lora", "mezo"))[::-1]
+    for cell, (status, score) in zip(cells, results, strict=False):
+        write_cell(folders.file(grid, cell), result_of(grid, cell, score, status=status))
+    there, left = tuning(grid, folders, cells[0].group)
+    assert [result["evaluations"][0]["score"] for result in there] == [score for _, score in results]
+    assert left == (cells[len(results) :] if goes_on else [])
+    final = grid.final_cells(cells[0].group, best_multiplier(there))
+    assert runnable(grid, folders) == (left[:1] if goes_on else final)
 
 
 def test_a_result_of_other_conditions_is_refused(study):
