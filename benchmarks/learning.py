@@ -121,7 +121,9 @@ def overview(grid: Grid, folders: Folders, only: str = "") -> Table:
         left = sum(grid.cost(cell).total for cell in (*untried, *waiting))
         total += left
         costs = f"{grid.cost(grid.tune_cells(group)[0]).total} / {grid.cost(final[0]).total}"
-        table.add_row(*group, f"{len(tuned)}/{len(tuned) + len(untried)}", f"{len(final) - len(waiting)}/{len(final)}", costs, str(left))
+        table.add_row(
+            *group, f"{len(tuned)}/{len(tuned) + len(untried)}", f"{len(final) - len(waiting)}/{len(final)}", costs, str(left)
+        )
     table.caption = f"{total} forward passes of {grid.batch_size} examples left, besides evaluations"
     return table
 

@@ -54,8 +54,19 @@ class Arm:
         """Whether it fits an output layer, which chooses among options; tasks with free answers have none."""
         return "zo_head_samples" in self.settings
 
+    @property
+    def fits_depth(self) -> bool:
+        """Whether it fits middle blocks too."""
+        return bool(self.settings.get("zo_fit_depth"))
 
-WITHOUT_OPTIONS = {"linear-probe": "zero-shot", "depth-probe": "zero-shot", "mezo-probe": "mezo", "zo-act-probe": "zo-act"}
+
+WITHOUT_OPTIONS = {
+    "linear-probe": "zero-shot",
+    "depth-probe": "zero-shot",
+    "mezo-probe": "mezo",
+    "zo-act-probe": "zo-act",
+    "auto": "zo-act",
+}
 """What an arm that needs options is where a task has none."""
 
 
@@ -136,5 +147,7 @@ ARMS: dict[str, Arm] = {
     "zo-act-probe": _zo_act(
         "ZO-Act after a linear probe", "of this package, a tenth of ZO-Act's: it starts near a minimum", rate=1e-4, **_PROBE
     ),
+    # What zo_method="auto" is where it can fit both: written out, as a cell's passes depend on it.
+    "auto": _zo_act("the recipe, zo_method=auto", "as ZO-Act after a linear probe", rate=1e-4, zo_fit_depth=True, **_PROBE),
     "zo-act-sgd": _zo_act("ZO-Act, SGD", "not published: MeZO's for LoRA", rate=RECOMMENDED["mezo"]["lora"][0], optim="sgd"),
 }

@@ -81,18 +81,19 @@ def _run(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
         task, shown = with_demonstrations(task, rows.train[: arm.demonstrations], folders.model, grid.max_length)
         max_length = _PROMPT_TOKENS
     parts = trainer_parts(model_arguments, task, rows.train, rows.scored, max_length, cell.seed)
-    ends = sorted({round(fraction * cost.steps) for fraction in (*grid.checkpoints, 1.0)})
     with tempfile.TemporaryDirectory() as scratch:
         trainer = trainer_of(grid, cell, task, scratch, cost, parts)
-        trainer.add_callback(_AtCheckpoints(ends))
         if arm.curvzo_share is not None:
             tensors = sum(p.requires_grad for p in trainer.model.parameters())
             trainer.args.curvzo_budget = max(1.0, arm.curvzo_share * tensors)
-        status, error, before, seconds = "ok", None, {}, 0.0
-        if arm.kind == "probe":
+        if arm.fits_depth or arm.kind == "probe":
             with counted_forwards(trainer.model) as passes:
                 trainer.create_optimizer()  # fits the output layer, and more
-            cost = dataclasses.replace(cost, once=len(passes))
+            cost = cost.after(len(passes), grid.budget_of(cell.phase))
+            trainer.args.max_steps = max(cost.steps, 1)
+        ends = sorted({round(fraction * cost.steps) for fraction in (*grid.checkpoints, 1.0)})
+        trainer.add_callback(_AtCheckpoints(ends))
+        status, error, before, seconds = "ok", None, {}, 0.0
         if 0 in ends:
             before = trainer.evaluate()
         if cost.steps:

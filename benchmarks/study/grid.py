@@ -73,6 +73,10 @@ class Cost:
     per_step: int
     steps: int
 
+    def after(self, once: int, budget: int) -> Cost:
+        """The cost when what comes before the first step has turned out to take ``once``: as many steps as are left."""
+        return Cost(once, self.per_step, max(0, budget - once) // self.per_step if self.per_step else 0)
+
     @property
     def total(self) -> int:
         """Of the whole run."""
@@ -169,7 +173,7 @@ class Grid:
         return ModelArguments(str(folder), **chosen)
 
     def cost(self, cell: Cell) -> Cost:
-        """Forward passes of a cell.
+        """Forward passes of a cell; those of ``zo_fit_depth`` depend on the model, and are left to be counted.
 
         Raises:
             GridError: if the budget holds no step.
@@ -183,7 +187,7 @@ class Grid:
             per_step = METHODS[arguments.zo_method]({}, **arguments.estimator_kwargs()).forwards
             once = self._batches(arguments.zo_head_samples)
             if arm.kind == "probe":
-                return Cost(once, 0, 0)  # what zo_fit_depth takes depends on the model, and is counted
+                return Cost(once, 0, 0)
             if arguments.zo_method == "zo_act" and arguments.zo_act_basis == "activations":
                 once += CALIBRATION_SWEEPS * self._batches(arguments.zo_act_samples)
         steps = (budget - once) // per_step

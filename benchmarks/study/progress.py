@@ -15,6 +15,7 @@ from hf_zo.tasks import TASKS, load_rows
 
 from .grid import Cell, Grid, GridError
 
+TOO_HIGH = 2.0
 DEVELOPMENT_KEY = 7041  # of the draw of development rows, the same in every cell
 
 
@@ -99,7 +100,8 @@ def _merit(result: Mapping[str, Any]) -> tuple[float, ...]:
 def tuning(grid: Grid, folders: Folders, group: tuple[str, str, str]) -> tuple[list[dict[str, Any]], list[Cell]]:
     """Tuning results of an arm, and the cells that are still to run, from small rates to large.
 
-    A rate is not tried when the one before it diverged, or when the two before it were both worse than the best.
+    A rate is not tried when the one before it diverged or ended at `TOO_HIGH` times the lowest loss, or when the two before it
+    both scored less than the best.
 
     Raises:
         GridError: if a result was made under other conditions than the grid now names.
@@ -108,9 +110,16 @@ def tuning(grid: Grid, folders: Folders, group: tuple[str, str, str]) -> tuple[l
     results = [checked(grid, folders, cell) for cell in cells]
     there = [result for result in results if result is not None]
     before = there if None not in results else there[: results.index(None)]
-    best = max(map(_merit, before), default=())
-    too_large = bool(before) and (before[-1]["status"] != "ok" or (len(before) > 2 and max(map(_merit, before[-2:])) < best))
-    return there, [] if too_large else [cell for cell, result in zip(cells, results, strict=True) if result is None]
+    return there, [] if _too_large(before) else [c for c, result in zip(cells, results, strict=True) if result is None]
+
+
+def _too_large(tuned: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rates beyond these, from small to large, are not worth a run."""
+    if not tuned or tuned[-1]["status"] != "ok":
+        return bool(tuned)
+    losses = [result["evaluations"][-1]["loss"] for result in tuned]
+    worse = len(tuned) > 2 and max(map(_merit, tuned[-2:])) < max(map(_merit, tuned))
+    return worse or losses[-1] > TOO_HIGH * min(losses)
 
 
 def runnable(grid: Grid, folders: Folders, phases: Sequence[str] = ("tune", "final")) -> list[Cell]:

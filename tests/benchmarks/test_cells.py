@@ -147,6 +147,19 @@ def test_linear_probes(study, model):
     assert len({json.dumps(r["config"]) for r in results.values()}) == 4
 
 
+def test_the_recipe_spends_what_its_fit_leaves_on_steps(study):
+    grid, folders = study(arms=["depth-probe", "auto"], multipliers=[1], checkpoints=[0.5], budget=60, tune_budget=30)
+    auto = [grid.tune_cells(("sst2", "base", "auto"))[0], grid.final_cells(("sst2", "base", "auto"), 1.0)[0]]
+    short, long = (run_cell(grid, cell, folders) for cell in auto)
+    fit = run_cell(grid, grid.tune_cells(("sst2", "base", "depth-probe"))[0], folders)["forward_passes"] + 3 * 4  # a basis
+    assert 30 < fit < 60 - 4
+    assert (short["steps"], short["forward_passes"], len(short["evaluations"])) == (0, fit, 1)
+    assert long["steps"] > 10
+    assert long["forward_passes"] in (59, 60)  # how many passes a fit takes depends on its rows
+    first = long["forward_passes"] - 2 * (long["steps"] - round(long["steps"] / 2))
+    assert [e["forwards"] for e in long["evaluations"]] == [first, long["forward_passes"]]
+
+
 def test_answers_are_scored_by_f1(study):
     grid, folders = study(
         tasks=["squad"], arms=["zero-shot", "in-context", "mezo"], multipliers=[1], dev_samples=2, checkpoints=[1]

@@ -80,7 +80,7 @@ def test_every_arm_spends_the_same_budget(study):
     per_step |= {"bszo": 3, "bszo-fixed-noise": 3}
     calibrated = ("zo-act", "zo-act-sgd", "zo-act-per-example", "zo-act-one-block")
     once = dict.fromkeys(calibrated, 3 * 8)  # three passes over 32 rows in batches of 4
-    once |= {"mezo-probe": 8, "zo-act-probe": 4 * 8}  # a linear probe takes one
+    once |= {"mezo-probe": 8, "zo-act-probe": 4 * 8, "auto": 4 * 8}  # a linear probe takes one; middle blocks are counted
     for task, form, arm in grid.groups():
         for phase, seed in (("tune", 0), ("final", 1)):
             cost = grid.cost(Cell(phase, task, form, arm, 1.0, seed))
@@ -187,6 +187,8 @@ def test_final_cells_wait_for_all_tuning_cells_of_their_arm(study):
     [
         ([("ok", 0.6)], True),
         ([("ok", 0.6), ("ok", 0.5)], True),  # one worse score may be chance
+        ([("ok", 0.6, 1.0), ("ok", 0.6, 1.9)], True),
+        ([("ok", 0.6, 1.0), ("ok", 0.6, 2.1)], False),
         ([("ok", 0.6), ("ok", 0.5), ("ok", 0.55)], False),
         ([("ok", 0.5), ("ok", 0.5), ("ok", 0.5)], True),
         ([("ok", 0.5), ("ok", 0.6), ("ok", 0.55)], True),
@@ -197,10 +199,10 @@ def test_final_cells_wait_for_all_tuning_cells_of_their_arm(study):
 def test_rates_are_not_tried_beyond_those_that_are_too_large(study, results, goes_on):
     grid, folders = study(arms=["mezo"], forms=["lora"], multipliers=[30, 10, 3, 1])
     cells = grid.tune_cells(("sst2", "lora", "mezo"))[::-1]
-    for cell, (status, score) in zip(cells, results, strict=False):
-        write_cell(folders.file(grid, cell), result_of(grid, cell, score, status=status))
+    for cell, (status, *told) in zip(cells, results, strict=False):
+        write_cell(folders.file(grid, cell), result_of(grid, cell, *told, status=status))
     there, left = tuning(grid, folders, cells[0].group)
-    assert [result["evaluations"][0]["score"] for result in there] == [score for _, score in results]
+    assert [result["evaluations"][0]["score"] for result in there] == [score for _, score, *_ in results]
     assert left == (cells[len(results) :] if goes_on else [])
     final = grid.final_cells(cells[0].group, best_multiplier(there))
     assert runnable(grid, folders) == (left[:1] if goes_on else final)
