@@ -15,7 +15,7 @@ from hf_zo.tasks import TASKS
 from .arms import ARMS, FORWARDS_PER_FIRST_ORDER_STEP, WITHOUT_OPTIONS
 from .cell import DIVERGED, DIVERGED_AT_ONCE
 from .claims import CLAIMS, Claim
-from .progress import best_multiplier, score_of
+from .progress import TOO_HIGH, best_multiplier, score_of
 
 Result = Mapping[str, Any]
 SIGNIFICANT = 0.05
@@ -275,15 +275,17 @@ Written by `make learning-report` from the JSON files in `results/learning/`; `l
 
 Scores are points (100 times the metric) on the validation split at the end of the run, mean ± standard error over seeds. Seeds
 draw training rows, their order, first adapter values and directions. Each arm's learning rate is the best of the same
-multipliers of its own published or recommended one, chosen on development rows with another seed; **edge** marks an end of the
-multipliers that were tried. Differences to MeZO are paired by seed, p is of the paired t-test.
+multipliers of its own published or recommended one, chosen on development rows with another seed; larger ones are not tried
+after one that diverged or ended at {TOO_HIGH:g} times the lowest loss, or after two that both scored less than the best.
+**edge** marks an end of the multipliers that were tried. Differences to MeZO are paired by seed, p is of the paired t-test.
 
 The budget counts forward passes of a batch: a step of a first-order arm counts {FORWARDS_PER_FIRST_ORDER_STEP}, ZO-Act's
 calibration and the passes over the training rows that probes need count too, evaluations do not. Seconds are those of
 training, evaluations on the way included; peak memory is that of the whole process. A run has diverged if a loss was not
 finite, or if the last tenth of its losses is above {DIVERGED:g} times the first tenth, or {DIVERGED_AT_ONCE:g} times the
-very first; it counts with the score it ended at. Arms that train nothing, or what is fitted before the first step alone, and
-ZO-Act, which brings its adapter, stand in the table of every form."""
+very first; it counts with the score it ended at. Cells in bfloat16 on a processor that does not multiply in it multiply in
+fp32 and round the result, and say so; their memory and seconds are not those of bfloat16. Arms that train nothing, or what is
+fitted before the first step alone, and ZO-Act, which brings its adapter, stand in the table of every form."""
 
 _CLAIMS = f"""Differences of paired runs, over all tasks, forms and seeds. Reproduced: the difference exceeds what is claimed (0
 unless it says more), with p < {SIGNIFICANT:g} in the paired t-test."""

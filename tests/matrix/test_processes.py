@@ -32,12 +32,14 @@ from support import (
     trainer_of,
     weights_of,
 )
+from test_head import trainer as fitting_trainer
 
 from hf_zo import Trajectory
 from hf_zo.trajectory import LOG_NAME
 
 WORKER = str(Path(__file__).parent / "worker.py")
 STEPS = 4
+FITS = {"zo_fit_depth": True, "zo_parallel": "directions", "learning_rate": 1e-3}
 SAME = {"max_steps": STEPS, "learning_rate": 1e-3, "zo_eps": 0.5}
 
 pytestmark = pytest.mark.slow
@@ -71,6 +73,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parallel in ("data", "directions")
     ]
     jobs += [_job("mezo", form, folder / f"skip-{form}", zo_nonfinite="skip", infinite_on_rank=1) for form in FORMS]
+    jobs.append(_job("fits", "full", folder / "fits", **FITS))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -97,6 +100,18 @@ def test_two_ranks_equal_one_process(case: str, form: str, parallel: str, two_ra
     assert not ranks[0]["ddp"]
     # Of examples with directions of their own, every loss: of 4 probes for 8 or 4 of them.
     assert 0 < ranks[0]["carried"] <= (300 if case == "mezo-per-example" else 64) * STEPS
+
+
+def test_two_ranks_start_from_one_fit(two_ranks: Path, tmp_path: Path) -> None:
+    """Output layer, middle blocks and basis: those that rank 0 has made, the same as a process alone makes."""
+    single = fitting_trainer(tmp_path, **FITS)
+    untrained = weights_of(single.model)
+    single.train()
+    ranks = [_final(two_ranks / "fits", rank) for rank in range(2)]
+    assert_same_weights(ranks[0]["weights"], ranks[1]["weights"])
+    moved = {name: p for name, p in weights_of(single.model).items() if not torch.equal(p, untrained[name])}
+    assert any("lm_head" in name for name in moved)
+    assert relative_distance(moved, ranks[0]["weights"], untrained) < 1e-4
 
 
 @every_form

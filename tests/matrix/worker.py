@@ -3,8 +3,9 @@
     worker.py JOBS.json
     worker.py --serve
 
-JOBS is a list of ``{"case", "form", "output_dir", "options"}``, run one after the other. Prints ``step N`` at the end of every
-step and saves, per job and rank, ``final-RANK.pt`` with the final weights and the number of bytes that all-reduce carried.
+JOBS is a list of ``{"case", "form", "output_dir", "options"}``, run one after the other; cases are those of the matrix, and
+``fits``, which begins by fitting output layer and middle blocks. Prints ``step N`` at the end of every step and saves, per job
+and rank, ``final-RANK.pt`` with the final weights and the number of bytes that all-reduce carried.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 torch.set_num_threads(1)
 
 from support import Recorder, trainer_of, weights_of  # noqa: E402
+from test_head import trainer as fitting_trainer  # noqa: E402
 
 RANK = int(os.environ.get("RANK", "0"))
 CARRIED = [0]
@@ -41,7 +43,10 @@ def run(case: str, form: str, output_dir: str, options: dict[str, Any]) -> None:
     CARRIED[0] = 0
     infinite_on_rank = options.pop("infinite_on_rank", None)
     dtype = getattr(torch, options.pop("dtype", "float32"))
-    trainer = trainer_of(output_dir, case, form, dtype, **options)
+    if case == "fits":
+        trainer = fitting_trainer(Path(output_dir), **options)
+    else:
+        trainer = trainer_of(output_dir, case, form, dtype, **options)
     if RANK > 0:  # ranks must agree even where they were built differently
         with torch.no_grad():
             for p in trainer.model.parameters():
