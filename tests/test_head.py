@@ -416,6 +416,27 @@ def test_auto_fits_a_classifier(classes: int, depth: bool, tmp_path: Path) -> No
     assert run.args.zo_fit_depth == depth
 
 
+def test_auto_makes_the_model_by_model_init(tmp_path: Path) -> None:
+    arguments = ZOTrainingArguments(
+        str(tmp_path), zo_method="auto", zo_act_samples=8, max_steps=2, use_cpu=True, remove_unused_columns=False
+    )
+
+    def made() -> nn.Module:
+        return tiny_llama()
+
+    run = ZOTrainer(
+        args=arguments,
+        model_init=made,
+        train_dataset=Encoded(),
+        data_collator=OptionCollator(Pad()),  # type: ignore[arg-type]
+        compute_loss_func=option_loss,
+    )
+    for _ in range(2):  # a model of its own each time
+        run.train()
+        assert (run.args.zo_head_samples, run.args.zo_fit_depth) == (1000, True)
+        assert any(p.any() for name, p in head_of(run.model).items() if "lora_B" in name)
+
+
 def test_auto_leaves_out_what_the_rows_do_not_suffice_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = classifying(tmp_path, 3, per_device_train_batch_size=24)
     run.train()
