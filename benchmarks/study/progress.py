@@ -15,7 +15,7 @@ from hf_zo.tasks import TASKS, load_rows
 
 from .grid import Cell, Grid, GridError
 
-TOO_HIGH = 2.0
+TOO_HIGH = 1.5
 DEVELOPMENT_KEY = 7041  # of the draw of development rows, the same in every cell
 
 
