@@ -236,6 +236,8 @@ def _write(layer: LoraLayer, u: torch.Tensor, a: torch.Tensor) -> None:
     """Add ``u (a . x)`` to what the layer writes: its adapter's last basis vector gives way to a."""
     basis, b = factors_of(layer)
     size = a.norm()
+    if not size:  # the scores do not depend on this layer
+        return
     others = torch.linalg.qr(torch.cat([a[None], basis[:-1].to(a)]).T).Q.T[1:]
     basis.copy_(torch.cat([others, a[None] / size]))
     b[:, -1] = (size * u / layer.scaling[layer.active_adapters[0]]).to(b)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,16 @@ class Reader(nn.Module):
         torch.manual_seed(0)
         self.attn = nn.Linear(WIDTH, 8)
         self.readout = nn.Parameter(torch.randn(3, 1) @ torch.randn(1, 8), requires_grad=False)
+        self.unread = nn.Linear(WIDTH, 8)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        self.unread(x)
         return torch.tanh((self.attn(x) * mask[..., None]).sum(1) @ self.readout.T / 8)
 
 
-def problem(chance: bool = False, left: bool = False) -> tuple[Any, list[dict[str, torch.Tensor]], torch.Tensor, Any, Any]:
+def problem(
+    chance: bool = False, left: bool = False, targets: Sequence[str] = ("attn",)
+) -> tuple[Any, list[dict[str, torch.Tensor]], torch.Tensor, Any, Any]:
     """Model, batches, targets, scores and rows. One input direction of every token tells the class."""
     g = torch.Generator().manual_seed(1)
     target = torch.randint(3, (ROWS,), generator=g)
@@ -48,7 +52,7 @@ def problem(chance: bool = False, left: bool = False) -> tuple[Any, list[dict[st
         x, mask = x.flip(1), mask.flip(1)
     if chance:
         target = torch.randint(3, (ROWS,), generator=g)
-    model = attach(Reader(), 4, ["attn"])
+    model = attach(Reader(), 4, list(targets))
     batches = [{"x": x[i : i + BATCH], "mask": mask[i : i + BATCH]} for i in range(0, ROWS, BATCH)]
     current: dict[str, torch.Tensor] = {}
 
@@ -111,6 +115,15 @@ def test_the_more_rows_the_closer_is_what_the_scores_read() -> None:
             found.append(float(torch.cosine_similarity(u, model.base_model.model.readout[0], dim=0).abs()))
     assert found[1] > 0.95  # 320 rows in 8 dimensions
     assert found[1] > found[0]
+
+
+def test_a_layer_that_the_scores_do_not_read_stays_as_it_was() -> None:
+    made = problem(targets=["attn", "unread"])
+    start = weights_of(made[0])
+    facts = fit(made)
+    assert facts["loss_after"] < facts["loss_before"]
+    changed = {name for name, p in weights_of(made[0]).items() if not torch.equal(p, start[name])}
+    assert {name.split(".")[2] for name in changed} == {"attn"}
 
 
 def test_the_adapter_stays_one_of_zo_act() -> None:
