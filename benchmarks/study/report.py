@@ -32,6 +32,7 @@ class Outcome:
         edge: whether that is an end of the multipliers that were tried.
         rate: the learning rate it makes.
         scores: in points by seed, on the validation split.
+        development: points on development rows, the best of all multipliers.
         cells: the final results behind them.
     """
 
@@ -41,6 +42,7 @@ class Outcome:
     edge: bool
     rate: float | None
     scores: dict[int, float] = field(default_factory=dict)
+    development: float | None = None
     cells: list[Result] = field(default_factory=list)
 
     @property
@@ -129,6 +131,7 @@ def outcome(group: Sequence[Result]) -> Outcome:
         # Without a final run tuning may not have ended, and what is best so far is no choice.
         rate=None if best is None or not final or config["kind"] in ("prompt", "probe") else config["rate"] * best,
         scores={r["config"]["seed"]: 100 * score_of(r) for r in final},
+        development=max((100 * score_of(r) for r in tuned), default=None),
         cells=final,
     )
 
@@ -153,7 +156,7 @@ def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tup
             if seeds:
                 scores = {seed: fmean(o.scores[seed] for o in there) for seed in sorted(seeds)}
                 cells = [cell for o in there for cell in o.cells]
-                found.setdefault((grid, form), []).append(Outcome(arm, label, None, False, None, scores, cells))
+                found.setdefault((grid, form), []).append(Outcome(arm, label, None, False, None, scores, cells=cells))
     return found
 
 
@@ -201,7 +204,7 @@ def table(of_table: Sequence[Outcome], tuned: bool = True) -> str:
     lines = [_row(head), _row(["---"] * len(head))]
     for o in of_table:
         mean, error = mean_and_error(list(o.scores.values()))
-        score = f"{mean:.1f} ± {_number(error)}" if o.scores else "not run"
+        score = f"{mean:.1f} ± {_number(error)}" if o.scores else f"{_number(o.development)} (development)"
         test = compared(o, baseline)
         cells = [o.label, score, str(len(o.scores)), f"{test.mean:+.1f} ± {_number(test.error)}" if test else ""]
         cells.append(_number(test.p, 3) if test else "")
@@ -217,8 +220,8 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _number(value: float, digits: int = 1) -> str:
-    return "?" if math.isnan(value) else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int = 1) -> str:
+    return "?" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _mean_of(cells: Sequence[Result], key: str) -> str:
@@ -273,11 +276,12 @@ _INTRODUCTION = f"""# Does it learn?
 
 Written by `make learning-report` from the JSON files in `results/learning/`; `learning.py` explains how they are made.
 
-Scores are points (100 times the metric) on the validation split at the end of the run, mean ± standard error over seeds. Seeds
-draw training rows, their order, first adapter values and directions. Each arm's learning rate is the best of the same
-multipliers of its own published or recommended one, chosen on development rows with another seed; larger ones are not tried
-after one that diverged or ended at {TOO_HIGH:g} times the lowest loss, or after two that both scored less than the best.
-**edge** marks an end of the multipliers that were tried. Differences to MeZO are paired by seed, p is of the paired t-test.
+Scores are points (100 times the metric) on the validation split at the end of the run, mean ± standard error over seeds; of
+arms that have only been tuned, the best on development rows. Seeds draw training rows, their order, first adapter values and
+directions. Each arm's learning rate is the best of the same multipliers of its own published or recommended one, chosen on
+development rows with another seed; larger ones are not tried after one that diverged or ended at {TOO_HIGH:g} times the lowest
+loss, or after two that both scored less than the best. **edge** marks an end of the multipliers that were tried. Differences to
+MeZO are paired by seed, p is of the paired t-test.
 
 The budget counts forward passes of a batch: a step of a first-order arm counts {FORWARDS_PER_FIRST_ORDER_STEP}, ZO-Act's
 calibration and the passes over the training rows that probes need count too, evaluations do not. Seconds are those of
