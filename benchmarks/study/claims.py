@@ -126,7 +126,7 @@ CLAIMS = (
         "depth-probe",
         "first-order",
         margin=-3.0,
-        reason="two convex problems, no search: all that is left out is how layers change together (docs/gap.md)",
+        reason="a model that is linear in directions fixed at the start; first-order training changes them as it goes",
     ),
     Claim(
         "The middle blocks add to a linear probe",

@@ -15,7 +15,7 @@ from hf_zo.tasks import TASKS, load_rows
 
 from .grid import Cell, Grid, GridError
 
-TOO_HIGH = 1.5
+TOO_HIGH = 1.5  # times the lowest development loss: where a rate ends there, larger ones are not tried
 DEVELOPMENT_KEY = 7041  # of the draw of development rows, the same in every cell
 
 
