@@ -137,13 +137,14 @@ def outcome(group: Sequence[Result]) -> Outcome:
 
 
 def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tuple[str, str], list[Outcome]]:
-    """Means over the tasks of a grid, by (grid, form): of arms and seeds that were run on all of them.
+    """Means over the tasks of a grid that have final runs, by (grid, form): of arms and seeds that were run on all of them.
 
     Where a task has no options, `WITHOUT_OPTIONS` tells which arm stands for one that needs them.
     """
     found: dict[tuple[str, str], list[Outcome]] = {}
     for grid, form in dict.fromkeys((grid, form) for grid, _, form in tables):
-        of_tasks = {task: {o.arm: o for o in of_table} for (g, task, f), of_table in tables.items() if (g, f) == (grid, form)}
+        of_grid = {task: of_table for (g, task, f), of_table in tables.items() if (g, f) == (grid, form)}
+        of_tasks = {task: {o.arm: o for o in of_table} for task, of_table in of_grid.items() if any(o.cells for o in of_table)}
         if len(of_tasks) < 2:
             continue
         for arm, label in {o.arm: o.label for by_arm in of_tasks.values() for o in by_arm.values()}.items():

@@ -103,7 +103,8 @@ def test_paired_differences():
 
 def test_means_over_tasks_are_of_arms_that_ran_on_all_of_them():
     other = [*tuned("mezo", {1: 0.5}, task="rte"), *(cell("mezo", 0.5 + s / 100, seed=s, task="rte") for s in (1, 2))]
-    means = over_tasks(outcomes([*RESULTS, *other, cell("lozo", 0.6, task="rte")]))
+    pilot = tuned("mezo", {1: 0.5}, task="cola")  # tells that no arm was run on it
+    means = over_tasks(outcomes([*RESULTS, *other, *pilot, cell("lozo", 0.6, task="rte")]))
     assert list(means) == [("made-up", "lora")]
     (mezo,) = means["made-up", "lora"]
     assert mezo.arm == "mezo"
