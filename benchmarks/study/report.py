@@ -137,27 +137,30 @@ def outcome(group: Sequence[Result]) -> Outcome:
 
 
 def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tuple[str, str], list[Outcome]]:
-    """Means over the tasks of a grid that have final runs, by (grid, form): of arms and seeds that were run on all of them.
+    """Means over the tasks of a model that have final runs, in all its grids, by (model, form): of arms and seeds run on all.
 
     Where a task has no options, `WITHOUT_OPTIONS` tells which arm stands for one that needs them.
     """
+    by_model: dict[tuple[str, str], dict[tuple[str, str], dict[str, Outcome]]] = {}
+    for (grid, task, form), of_table in tables.items():
+        model = next((cell["config"]["model"] for o in of_table for cell in o.cells), None)
+        if model is not None:
+            by_model.setdefault((model, form), {})[grid, task] = {o.arm: o for o in of_table}
     found: dict[tuple[str, str], list[Outcome]] = {}
-    for grid, form in dict.fromkeys((grid, form) for grid, _, form in tables):
-        of_grid = {task: of_table for (g, task, f), of_table in tables.items() if (g, f) == (grid, form)}
-        of_tasks = {task: {o.arm: o for o in of_table} for task, of_table in of_grid.items() if any(o.cells for o in of_table)}
+    for key, of_tasks in by_model.items():
         if len(of_tasks) < 2:
             continue
         for arm, label in {o.arm: o.label for by_arm in of_tasks.values() for o in by_arm.values()}.items():
             same = [
                 by_arm.get(arm if TASKS[task].options is not None else WITHOUT_OPTIONS.get(arm, arm))
-                for task, by_arm in of_tasks.items()
+                for (_, task), by_arm in of_tasks.items()
             ]
             there = [o for o in same if o is not None]
             seeds = set.intersection(*(set(o.scores) for o in there)) if len(there) == len(of_tasks) else set()
             if seeds:
                 scores = {seed: fmean(o.scores[seed] for o in there) for seed in sorted(seeds)}
                 cells = [cell for o in there for cell in o.cells]
-                found.setdefault((grid, form), []).append(Outcome(arm, label, None, False, None, scores, cells=cells))
+                found.setdefault(key, []).append(Outcome(arm, label, None, False, None, scores, cells=cells))
     return found
 
 
@@ -249,13 +252,13 @@ def page(results: Sequence[Result], figures: Mapping[str, str]) -> str:
     parts = [_INTRODUCTION]
     if not tables:
         parts.append("No cell has been run yet.")
+    for (model, form), means in over_tasks(tables).items():
+        parts.append(f"## Mean of the tasks, {model}, {form}\n\n{table(means, tuned=False)}")
     for grid in dict.fromkeys(key[0] for key in tables):
         of_grid = [r["config"] for r in results if r["config"]["grid"] == grid]
         parts.append(f"## {grid}\n\n{_conditions(of_grid)}")
         if grid in figures:
             parts.append(f"![Scores against forward passes, one panel per task and form]({figures[grid]})")
-        for (_, form), means in ((key, value) for key, value in over_tasks(tables).items() if key[0] == grid):
-            parts.append(f"### Mean of the tasks, {form}\n\n{table(means, tuned=False)}")
         for (_, task, form), of_table in ((key, value) for key, value in tables.items() if key[0] == grid):
             metric = next(r["metric"] for r in results if (r["config"]["grid"], r["config"]["task"]) == (grid, task))
             parts.append(f"### {task} ({metric}), {form}\n\n{table(of_table)}")

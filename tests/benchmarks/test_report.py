@@ -8,9 +8,11 @@ from study.claims import CLAIMS, Claim
 from study.report import curve, outcomes, over_tasks, page, paired, table, two_sided_p, verdict, write_report
 
 
-def cell(arm, score, phase="final", seed=1, multiplier=1, form="lora", task="sst2", status="ok", forwards=20, **more):
+def cell(
+    arm, score, phase="final", seed=1, multiplier=1, form="lora", task="sst2", status="ok", forwards=20, grid="made-up", **more
+):
     config = {
-        "grid": "made-up", "task": task, "form": form, "arm": arm, "phase": phase, "seed": seed, "multiplier": multiplier,
+        "grid": grid, "task": task, "form": form, "arm": arm, "phase": phase, "seed": seed, "multiplier": multiplier,
         "label": ARMS[arm].label, "kind": ARMS[arm].kind, "rate": 1e-4, "model": "smollm2", "batch_size": 16,
         "train_samples": 1000, "dev_samples": 200, "schedule": "linear", "budget": 20,
     }  # fmt: skip
@@ -102,11 +104,12 @@ def test_paired_differences():
 
 
 def test_means_over_tasks_are_of_arms_that_ran_on_all_of_them():
-    other = [*tuned("mezo", {1: 0.5}, task="rte"), *(cell("mezo", 0.5 + s / 100, seed=s, task="rte") for s in (1, 2))]
+    rte = {"task": "rte", "grid": "another"}
+    other = [*tuned("mezo", {1: 0.5}, **rte), *(cell("mezo", 0.5 + s / 100, seed=s, **rte) for s in (1, 2))]
     pilot = tuned("mezo", {1: 0.5}, task="cola")  # tells that no arm was run on it
-    means = over_tasks(outcomes([*RESULTS, *other, *pilot, cell("lozo", 0.6, task="rte")]))
-    assert list(means) == [("made-up", "lora")]
-    (mezo,) = means["made-up", "lora"]
+    means = over_tasks(outcomes([*RESULTS, *other, *pilot, cell("lozo", 0.6, **rte)]))
+    assert list(means) == [("smollm2", "lora")]
+    (mezo,) = means["smollm2", "lora"]
     assert mezo.arm == "mezo"
     assert mezo.scores == {1: pytest.approx(60.5), 2: pytest.approx(62)}
 
@@ -118,10 +121,10 @@ def test_where_a_task_has_no_options_a_probed_arm_counts_as_what_is_left_of_it()
     sst2 = [*three("zo-act", 0.7, "sst2"), *three("zo-act-probe", 0.9, "sst2"), *three("mezo", 0.6, "sst2", "lora")]
     squad = [*three("zo-act", 0.4, "squad"), *three("mezo", 0.2, "squad", "lora")]
     for order in (sst2 + squad, squad + sst2):
-        means = over_tasks(outcomes(order))["made-up", "lora"]
+        means = over_tasks(outcomes(order))["smollm2", "lora"]
         assert {o.arm: pytest.approx(o.scores[1]) for o in means} == {"mezo": 40, "zo-act": 55, "zo-act-probe": 65}
     rte = [*three("zo-act", 0.6, "rte"), *three("mezo", 0.5, "rte", "lora")]  # has options: the probed arm was not run
-    means = over_tasks(outcomes(sst2 + squad + rte))["made-up", "lora"]
+    means = over_tasks(outcomes(sst2 + squad + rte))["smollm2", "lora"]
     assert {o.arm for o in means} == {"mezo", "zo-act"}
 
 
