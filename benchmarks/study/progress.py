@@ -84,24 +84,24 @@ def score_of(result: Mapping[str, Any]) -> float:
 
 
 def best_multiplier(tuned: Iterable[Mapping[str, Any]]) -> float:
-    """The multiplier with the best development score among runs that did not diverge; of equals, the lower loss wins.
+    """The multiplier with the lowest development loss among those whose score is within a standard error of the best.
 
-    Where all diverged it is the smallest.
+    The standard error is that of a share near a half. Runs that diverged do not count; where all did it is the smallest.
     """
-    return float(max(tuned, key=_merit)["config"]["multiplier"])
-
-
-def _merit(result: Mapping[str, Any]) -> tuple[float, ...]:
-    if result["status"] != "ok":
-        return (0, -float(result["config"]["multiplier"]))
-    return (1, score_of(result), -float(result["evaluations"][-1]["loss"]))
+    tuned = list(tuned)
+    fine = [result for result in tuned if result["status"] == "ok"]
+    if not fine:
+        return min(float(result["config"]["multiplier"]) for result in tuned)
+    least = max(map(score_of, fine)) - 0.5 / math.sqrt(fine[0]["config"]["dev_samples"])
+    level = [result for result in fine if score_of(result) >= least]
+    return float(min(level, key=lambda result: float(result["evaluations"][-1]["loss"]))["config"]["multiplier"])
 
 
 def tuning(grid: Grid, folders: Folders, group: tuple[str, str, str]) -> tuple[list[dict[str, Any]], list[Cell]]:
     """Tuning results of an arm, and the cells that are still to run, from small rates to large.
 
-    A rate is not tried when the one before it diverged or ended at `TOO_HIGH` times the lowest loss, or when the two before it
-    both scored less than the best.
+    A rate is not tried when the one before it diverged or ended at `TOO_HIGH` times the lowest loss, or when neither of the
+    two before it is the best.
 
     Raises:
         GridError: if a result was made under other conditions than the grid now names.
@@ -118,7 +118,7 @@ def _too_large(tuned: Sequence[Mapping[str, Any]]) -> bool:
     if not tuned or tuned[-1]["status"] != "ok":
         return bool(tuned)
     losses = [result["evaluations"][-1]["loss"] for result in tuned]
-    worse = len(tuned) > 2 and max(map(_merit, tuned[-2:])) < max(map(_merit, tuned))
+    worse = best_multiplier(tuned) not in (result["config"]["multiplier"] for result in tuned[-2:])
     return worse or losses[-1] > TOO_HIGH * min(losses)
 
 
