@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -46,10 +46,10 @@ class Readings:
     """What an output layer read and should have said.
 
     Attributes:
-        hidden: [N, D], its inputs, one row for an example.
+        hidden: [N, D], its inputs, one row for an example; over the number of tokens of an option, as scores are means of them.
         scores: [N, K], what it makes of them for the K classes or options.
         target: [N], the right one.
-        tokens: [K], the options' tokens; None for classes.
+        tokens: [K], the options' last tokens; None for classes.
     """
 
     hidden: torch.Tensor
@@ -79,8 +79,8 @@ def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Log
     Args:
         model: a sequence classifier whose output layer is trainable, or a language model with a LoRA adapter on it
             (``target_modules`` contains its name).
-        batches: training rows with their ``labels``: classes, or `OptionLabels` of options that are single tokens, the same
-            for every row.
+        batches: training rows with their ``labels``: classes, or `OptionLabels` of options that differ in their last token
+            alone and are the same for every row.
         logits: see `Logits`; called once per batch, without gradients.
 
     Raises:
@@ -116,7 +116,7 @@ def fittable(model: nn.Module, collator: Any, rows: Iterable[Any]) -> int:
         has_place = is_language_model and (not isinstance(model, PeftModel) or adapted_head(model) is not None)
         prompts = list(rows) if has_place else []
         common = _common_options(collator(prompts)["labels"]) if prompts else None
-        return 0 if common is None else len(common[2])
+        return 0 if common is None else len(common.tokens)
     trained = [] if is_language_model else _trained_heads(model)
     return trained[-1].out_features if trained and all(_is_class(row) for row in rows) else 0
 
@@ -159,7 +159,7 @@ def read(layer: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Logits)
     """One forward pass over the batches.
 
     Raises:
-        ValueError: if their labels are neither classes nor options of one token each.
+        ValueError: if their labels are neither classes nor such options.
     """
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
@@ -187,29 +187,42 @@ def read(layer: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Logits)
     )
 
 
-_VARYING = "zo_head_samples needs options that are single tokens and the same for every row; set it to 0."
+_VARYING = "zo_head_samples needs options that differ in their last token alone and are the same for every row; set it to 0."
 
 
-def _common_options(labels: OptionLabels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Rows [B], positions from their end [B] and tokens [K] of options that are one token each and the same in every example.
+class _Common(NamedTuple):
+    """Options that differ in their last token alone and are the same in every example: where that token is predicted."""
 
-    None if they are not.
-    """
-    row, from_end, token, option = labels["scored"].unbind(-1)  # [B, K] each
-    order = option.argsort(-1)
-    row, from_end, token, option = (x.gather(1, order) for x in (row, from_end, token, option))
-    once = (option == torch.arange(token.shape[1], device=option.device)).all()
-    same = (token == token[:1]).all() and (row == row[:, :1]).all() and (from_end == from_end[:, :1]).all()
-    return (row[:, 0], from_end[:, 0], token[0]) if once and same else None
+    row: torch.Tensor  # [B]
+    from_end: torch.Tensor  # [B]
+    tokens: torch.Tensor  # [K]
+    length: int  # tokens of an option
+
+
+def _common_options(labels: OptionLabels) -> _Common | None:
+    """None if they are not of that kind."""
+    scored = labels["scored"]
+    count = int(scored[0, :, 3].max()) + 1
+    if scored.shape[1] % count:
+        return None
+    key = scored[..., 3] * (scored[..., 1].max() + 1) - scored[..., 1]  # by option, its first token first
+    scored = scored.gather(1, key.argsort(1)[..., None].expand_as(scored)).unflatten(1, (count, -1))
+    row, from_end, token, option = scored.unbind(-1)  # [B, K, tokens of an option] each
+    once = (option == torch.arange(count, device=option.device)[:, None]).all()
+    together = (row == row[:, :1, :1]).all() and (from_end == from_end[:, :1]).all()
+    same = (token[..., :-1] == token[:, :1, :-1]).all() and (token[..., -1] == token[:1, :, -1]).all()
+    if not (once and together and same):
+        return None
+    return _Common(row[:, 0, 0], from_end[:, 0, -1], token[0, :, -1], token.shape[-1])
 
 
 def _of_options(hidden: torch.Tensor, logits: torch.Tensor, labels: OptionLabels) -> Readings:
     options = _common_options(labels)
     if options is None:
         raise ValueError(_VARYING)
-    row, from_end, tokens = options
-    place = row, logits.shape[1] - from_end
-    return Readings(hidden[place].float(), logits[place][:, tokens].float(), labels["target"], tokens)
+    place = options.row, logits.shape[1] - options.from_end
+    read, said = hidden[place].float(), logits[place][:, options.tokens].float()
+    return Readings(read / options.length, said / options.length, labels["target"], options.tokens)
 
 
 def _of_classes(hidden: torch.Tensor, output: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> Readings:

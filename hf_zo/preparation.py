@@ -62,7 +62,8 @@ class Preparation(EngineRuns):
             if args.zo_fit_depth and not options:
                 raise ValueError(
                     "zo_fit_depth=True goes on from a fit of the output layer, which zo_method='auto' cannot make here: that "
-                    "takes a classifier, or prompts whose options are single tokens, and zo_runtime='torch'. Unset it."
+                    "takes a classifier, or prompts whose options differ in their last token alone, and "
+                    "zo_runtime='torch'. Unset it."
                 )
             args.zo_head_samples = AUTO_HEAD_SAMPLES if options else 0
             if not args.zo_fit_depth:

@@ -40,8 +40,8 @@ class Prompts(Dataset):
         return self.rows[i]
 
 
-def options(rows: list[torch.Tensor], tokens: list[int] = TOKENS) -> dict[str, Any]:
-    """A batch, padded right; the options come in an order of their own."""
+def options(rows: list[torch.Tensor], tokens: list[int] = TOKENS, two: bool = False) -> dict[str, Any]:
+    """A batch, padded right; the options come in an order of their own. With ``two``, a row's last token begins all of them."""
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     scored = torch.zeros(len(rows), len(tokens), 4, dtype=torch.long)
@@ -49,12 +49,17 @@ def options(rows: list[torch.Tensor], tokens: list[int] = TOKENS) -> dict[str, A
         ids[i, : len(row)] = row
         scored[i] = torch.tensor([[i, width - len(row) + 1, tokens[k], k] for k in (2, 0, 1)[: len(tokens)]])
     target = torch.tensor([int(row[-1]) % 3 for row in rows])
+    if two:
+        first = scored.clone()
+        first[..., 1] += 1
+        first[..., 2] = torch.tensor([int(row[-1]) for row in rows])[:, None]
+        scored = torch.cat([scored, first], 1)
     return {"labels": OptionLabels(target=target, scored=scored), "input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
-def batches(size: int = 12) -> list[dict[str, Any]]:
+def batches(size: int = 12, two: bool = False) -> list[dict[str, Any]]:
     data = Prompts()
-    return [options([data[i] for i in range(start, start + size)]) for start in range(0, ROWS, size)]
+    return [options([data[i] for i in range(start, start + size)], two=two) for start in range(0, ROWS, size)]
 
 
 def logits_of(model: nn.Module) -> Any:
@@ -159,6 +164,31 @@ def test_the_adapter_adds_the_fit_to_the_options_and_nothing_to_other_tokens() -
     torch.testing.assert_close(a @ a.T, torch.eye(4), atol=1e-5, rtol=0)  # as ZO-Act wants its bases
 
 
+def test_options_of_two_tokens_get_the_fit_that_their_mean_log_probability_needs() -> None:
+    model = attach(tiny_llama(), 4, with_head=True)
+    data, logits = batches(two=True), logits_of(model)
+    with torch.no_grad():
+        states = [model.get_base_model().model(x["input_ids"], x["attention_mask"]).last_hidden_state for x in data]
+    last = [s[torch.arange(len(s)), x["attention_mask"].sum(1) - 1] for s, x in zip(states, data, strict=True)]
+    scale = float(torch.cat(last).square().mean().sqrt()) / 2
+
+    def penalised(ridge: float) -> float:
+        a, b = factors_of(layer)
+        size = float((scale * layer.scaling["default"] * b @ a).square().sum())
+        loss = sum(float(option_loss({"logits": logits(x)}, x["labels"])) * len(x["labels"]["target"]) for x in data) / ROWS
+        return loss + ridge / 2 * size
+
+    facts = fit_head(model, data, logits).facts
+    assert facts["loss_after"] < facts["loss_before"]
+    layer: Any = output_layer(model)
+    b, least = factors_of(layer)[1], penalised(facts["ridge"])
+    for factor in (0.5, 0.9, 1.1, 2.0):
+        with torch.no_grad():
+            b.mul_(factor)
+            assert penalised(facts["ridge"]) > least
+            b.div_(factor)
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_classifier_gets_the_fit_as_its_weights(family: str) -> None:
     torch.manual_seed(0)
@@ -230,7 +260,7 @@ def test_label_tokens_are_named(tmp_path: Path) -> None:
 def test_options_that_vary_are_named() -> None:
     model = attach(tiny_llama(), 4, with_head=True)
     data = [*batches(), options([torch.tensor([1, 2, 3])], [7, 11, 5])]
-    with pytest.raises(ValueError, match="single tokens and the same for every row"):
+    with pytest.raises(ValueError, match="differ in their last token alone and are the same for every row"):
         fit_head(model, data, logits_of(model))
 
 
@@ -238,7 +268,7 @@ def test_options_of_several_tokens_are_named() -> None:
     model = attach(tiny_llama(), 4, with_head=True)
     data = batches()
     data[0]["labels"]["scored"][0, 1, 3] = data[0]["labels"]["scored"][0, 0, 3]
-    with pytest.raises(ValueError, match="single tokens and the same for every row"):
+    with pytest.raises(ValueError, match="differ in their last token alone and are the same for every row"):
         fit_head(model, data, logits_of(model))
 
 

@@ -124,16 +124,13 @@ def _options(task: Task, row: Row, tokenizer: PreTrainedTokenizerBase, max_lengt
     begins = [len(start) + n for n in shared]
     if any(begin == 0 for begin in begins):
         raise ValueError(f"A {task.name} prompt has no token before its options, so nothing predicts them.")
-    if len(set(begins)) == 1 and all(len(ids) == begins[0] + 1 for ids in rows):
-        # Single tokens after one prompt: read all from the prompt's last position.
-        scored = [(0, begins[0] - 1, ids[-1], option) for option, ids in enumerate(rows)]
-        rows = [rows[0][:-1]]
-    else:
-        scored = [
-            (r, position - 1, ids[position], r)
-            for r, (ids, begin) in enumerate(zip(rows, begins, strict=True))
-            for position in range(begin, len(ids))
-        ]
+    one_row = all(ids[:-1] == rows[0][:-1] for ids in rows)  # nothing reads an option's last token
+    scored = [
+        (0 if one_row else r, position - 1, ids[position], r)
+        for r, (ids, begin) in enumerate(zip(rows, begins, strict=True))
+        for position in range(begin, len(ids))
+    ]
+    rows = [rows[0][:-1]] if one_row else rows
     return {"rows": rows, "scored": scored, "target": _target(task, row)}, cut
 
 

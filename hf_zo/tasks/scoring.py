@@ -7,8 +7,9 @@ Everything goes through public hooks of the Trainer, so it works with a first-or
     ZOTrainer(model, args, data_collator=OptionCollator(tokenizer), compute_loss_func=option_loss,
               preprocess_logits_for_metrics=option_predictions, compute_metrics=...)
 
-Where all options of a prompt are single tokens they are read from one position of one row; otherwise every option gets a row
-of its own. The same records describe a masked language model, whose position is that of the mask.
+Where the options of a prompt differ in their last token alone (single tokens, or Yes and No on a new line) they are read from
+one row; otherwise every option gets a row of its own. The same records describe a masked language model, whose position is that
+of the mask.
 """
 
 from __future__ import annotations

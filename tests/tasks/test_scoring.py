@@ -83,18 +83,19 @@ def test_options_of_copa_are_several_tokens(bpe):
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
-def test_single_tokens_at_one_row_score_as_rows_of_their_own(kind, bpe):
-    model, task = tiny(kind, bpe), TASKS["sst2"]
-    shared = encode_rows(task, SST2, bpe, 400)
+@pytest.mark.parametrize(("name", "rows", "tokens"), [("sst2", SST2, 1), ("mnli", [ROWS["mnli"][0]], 2)])
+def test_options_that_differ_in_their_last_token_score_as_rows_of_their_own(kind, name, rows, tokens, bpe):
+    model, task = tiny(kind, bpe), TASKS[name]
+    shared = encode_rows(task, rows, bpe, 400)
     separate = []
-    for row, example in zip(SST2, shared.examples, strict=True):
+    for row, example in zip(rows, shared.examples, strict=True):
         assert len(example["rows"]) == 1
-        rows = [bpe(task.prompt(row) + option)["input_ids"] for option in task.options(row)]
-        scored = [(i, len(ids) - 2, ids[-1], i) for i, ids in enumerate(rows)]
-        separate.append({"rows": rows, "scored": scored, "target": example["target"]})
+        own = [bpe(task.prompt(row) + option)["input_ids"] for option in task.options(row)]
+        scored = [(i, len(ids) - n, ids[1 - n or len(ids)], i) for i, ids in enumerate(own) for n in range(tokens + 1, 1, -1)]
+        separate.append({"rows": own, "scored": scored, "target": example["target"]})
     collate = OptionCollator(bpe, model)
     one, two = collate(shared.examples), collate(separate)
-    assert 2 * len(one["input_ids"]) == len(two["input_ids"])
+    assert len(task.options(rows[0])) * len(one["input_ids"]) == len(two["input_ids"])
     torch.testing.assert_close(scores(model, one), scores(model, two), atol=1e-5, rtol=0)
 
 
