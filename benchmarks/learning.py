@@ -108,23 +108,22 @@ def run_one(grid: Grid, folders: Folders, name: str) -> None:
 
 
 def overview(grid: Grid, folders: Folders, only: str = "") -> Table:
-    """Cells of a grid, how many of them are done, and the forward passes that the others take."""
-    table = Table("task", "form", "arm", "tune", "final", "forward passes a cell", "left", title=f"{grid.name}: done / cells")
+    """Cells of a grid, how many of them are done, and the forward passes that the others take; + where tuning goes on."""
+    table = Table("task", "form", "arm", "tune", "final", "forward passes a cell", "left", title=f"{grid.name}: cells done")
     total = 0
     for group in grid.groups():
-        tuned, untried = tuning(grid, folders, group)
+        tuned, following = tuning(grid, folders, group)
         # Which multiplier will be final does not change the number of cells.
         final = grid.final_cells(group, best_multiplier(tuned) if tuned else 1.0)
         if not any(re.search(only, cell.name) for cell in (*grid.tune_cells(group), *final)):
             continue
-        waiting = final if untried else [cell for cell in final if checked(grid, folders, cell) is None]
-        left = sum(grid.cost(cell).total for cell in (*untried, *waiting))
+        ahead = [] if following is None else [following]
+        waiting = final if ahead else [cell for cell in final if checked(grid, folders, cell) is None]
+        left = sum(grid.cost(cell).total for cell in (*ahead, *waiting))
         total += left
         costs = f"{grid.cost(grid.tune_cells(group)[0]).total} / {grid.cost(final[0]).total}"
-        table.add_row(
-            *group, f"{len(tuned)}/{len(tuned) + len(untried)}", f"{len(final) - len(waiting)}/{len(final)}", costs, str(left)
-        )
-    table.caption = f"{total} forward passes of {grid.batch_size} examples left, besides evaluations"
+        table.add_row(*group, f"{len(tuned)}{'+' * len(ahead)}", f"{len(final) - len(waiting)}/{len(final)}", costs, str(left))
+    table.caption = f"At least {total} forward passes of {grid.batch_size} examples left, besides evaluations"
     return table
 
 

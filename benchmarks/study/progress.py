@@ -97,11 +97,11 @@ def best_multiplier(tuned: Iterable[Mapping[str, Any]]) -> float:
     return float(min(level, key=lambda result: float(result["evaluations"][-1]["loss"]))["config"]["multiplier"])
 
 
-def tuning(grid: Grid, folders: Folders, group: tuple[str, str, str]) -> tuple[list[dict[str, Any]], list[Cell]]:
-    """Tuning results of an arm, and the cells that are still to run, from small rates to large.
+def tuning(grid: Grid, folders: Folders, group: tuple[str, str, str]) -> tuple[list[dict[str, Any]], Cell | None]:
+    """Tuning results of an arm, from small rates to large, and the cell to run next; None when it is tuned.
 
-    A rate is not tried when the one before it diverged or ended at `TOO_HIGH` times the lowest loss, or when neither of the
-    two before it is the best.
+    The search starts in the middle. A larger rate is tried unless the largest one so far diverged or ended at `TOO_HIGH` times
+    the lowest loss, or neither of the two largest is the best; a smaller one, while the smallest so far is the best.
 
     Raises:
         GridError: if a result was made under other conditions than the grid now names.
@@ -109,14 +109,22 @@ def tuning(grid: Grid, folders: Folders, group: tuple[str, str, str]) -> tuple[l
     cells = sorted(grid.tune_cells(group), key=lambda cell: cell.multiplier)
     results = [checked(grid, folders, cell) for cell in cells]
     there = [result for result in results if result is not None]
-    before = there if None not in results else there[: results.index(None)]
-    return there, [] if _too_large(before) else [c for c, result in zip(cells, results, strict=True) if result is None]
+    tried = [i for i, result in enumerate(results) if result is not None]
+    if not there:
+        return [], cells[(len(cells) - 1) // 2]
+    low, high = tried[0], tried[-1]
+    missing = [cell for cell, result in zip(cells[low:high], results[low:high], strict=True) if result is None]
+    if missing:
+        return there, missing[0]
+    if high + 1 < len(cells) and not _too_large(there):
+        return there, cells[high + 1]
+    return there, cells[low - 1] if low and best_multiplier(there) == cells[low].multiplier else None
 
 
 def _too_large(tuned: Sequence[Mapping[str, Any]]) -> bool:
     """Whether rates beyond these, from small to large, are not worth a run."""
-    if not tuned or tuned[-1]["status"] != "ok":
-        return bool(tuned)
+    if tuned[-1]["status"] != "ok":
+        return True
     losses = [result["evaluations"][-1]["loss"] for result in tuned]
     worse = best_multiplier(tuned) not in (result["config"]["multiplier"] for result in tuned[-2:])
     return worse or losses[-1] > TOO_HIGH * min(losses)
@@ -130,10 +138,10 @@ def runnable(grid: Grid, folders: Folders, phases: Sequence[str] = ("tune", "fin
     """
     found: list[Cell] = []
     for group in grid.groups():
-        tuned, left = tuning(grid, folders, group)
-        if "tune" in phases:
-            found += left[:1]
-        if "final" in phases and not left:
+        tuned, following = tuning(grid, folders, group)
+        if following is not None and "tune" in phases:
+            found.append(following)
+        if following is None and "final" in phases:
             final = grid.final_cells(group, best_multiplier(tuned))
             found += [cell for cell in final if checked(grid, folders, cell) is None]
     return found

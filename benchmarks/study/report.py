@@ -284,9 +284,9 @@ Scores are points (100 times the metric) on the validation split at the end of t
 arms that have only been tuned, the best on development rows. Seeds draw training rows, their order, first adapter values and
 directions. Each arm's learning rate is one of the same multipliers of its own published or recommended one, chosen on
 development rows with another seed: the one with the lowest loss among those that score within a standard error of the best.
-Larger ones are not tried after one that diverged or ended at {TOO_HIGH:g} times the lowest loss, or after two that are not the
-best. **edge** marks an end of the multipliers that were tried. Differences to MeZO are paired by seed, p is of the paired
-t-test.
+The search goes from the middle of the multipliers to both sides while rates get better: not beyond one that diverged or ended
+at {TOO_HIGH:g} times the lowest loss, nor beyond two that are not the best. **edge** marks an end of the multipliers that were
+tried. Differences to MeZO are paired by seed, p is of the paired t-test.
 
 The budget counts forward passes of a batch: a step of a first-order arm counts {FORWARDS_PER_FIRST_ORDER_STEP}, ZO-Act's
 calibration and the passes over the training rows that probes need count too, evaluations do not. Seconds are those of

@@ -183,30 +183,34 @@ def test_final_cells_wait_for_all_tuning_cells_of_their_arm(study):
 
 
 @pytest.mark.parametrize(
-    ("results", "goes_on"),
+    ("results", "following"),
     [
-        ([("ok", 0.6)], True),
-        ([("ok", 0.9), ("ok", 0.5)], True),  # one worse score may be chance
-        ([("ok", 0.6, 1.0), ("ok", 0.6, 1.4)], True),
-        ([("ok", 0.6, 1.0), ("ok", 0.6, 1.6)], False),
-        ([("ok", 0.9), ("ok", 0.5), ("ok", 0.55)], False),
-        ([("ok", 0.6, 0.7), ("ok", 0.6, 0.8), ("ok", 0.65, 0.9)], False),
-        ([("ok", 0.6, 0.9), ("ok", 0.6, 0.8), ("ok", 0.55, 0.7)], True),
-        ([("ok", 0.5), ("ok", 0.9), ("ok", 0.55)], True),
-        ([("ok", 0.5), ("diverged", 0.9)], False),
-        ([("diverged", 0.5)], False),
+        ({}, 10),
+        ({10: ("ok", 0.6)}, 30),
+        ({3: ("ok", 0.6), 30: ("ok", 0.6)}, 10),
+        ({10: ("ok", 0.9), 30: ("ok", 0.5)}, 100),  # one worse score may be chance
+        ({10: ("ok", 0.6, 1.0), 30: ("ok", 0.6, 1.4)}, 100),
+        ({10: ("ok", 0.6, 1.0), 30: ("ok", 0.6, 1.6)}, 3),
+        ({3: ("ok", 0.6, 1.0), 10: ("ok", 0.6, 0.9), 30: ("ok", 0.6, 1.6)}, None),
+        ({10: ("ok", 0.9), 30: ("ok", 0.5), 100: ("ok", 0.55)}, 3),
+        ({10: ("ok", 0.6, 0.7), 30: ("ok", 0.6, 0.8), 100: ("ok", 0.65, 0.9)}, 3),
+        ({3: ("ok", 0.6, 0.9), 10: ("ok", 0.6, 0.8), 30: ("ok", 0.55, 0.7)}, 100),
+        ({3: ("ok", 0.5), 10: ("ok", 0.9), 30: ("ok", 0.55), 100: ("ok", 0.5)}, None),
+        ({3: ("ok", 0.5), 10: ("diverged", 0.9)}, 1),
+        ({10: ("diverged", 0.5)}, 3),
+        ({1: ("diverged", 0.5), 3: ("diverged", 0.6), 10: ("diverged", 0.6)}, None),
     ],
 )
-def test_rates_are_not_tried_beyond_those_that_are_too_large(study, results, goes_on):
-    grid, folders = study(arms=["mezo"], forms=["lora"], multipliers=[30, 10, 3, 1])
-    cells = grid.tune_cells(("sst2", "lora", "mezo"))[::-1]
-    for cell, (status, *told) in zip(cells, results, strict=False):
-        write_cell(folders.file(grid, cell), result_of(grid, cell, *told, status=status))
-    there, left = tuning(grid, folders, cells[0].group)
-    assert [result["evaluations"][0]["score"] for result in there] == [score for _, score, *_ in results]
-    assert left == (cells[len(results) :] if goes_on else [])
-    final = grid.final_cells(cells[0].group, best_multiplier(there))
-    assert runnable(grid, folders) == (left[:1] if goes_on else final)
+def test_rates_are_tried_from_the_middle_while_they_get_better(study, results, following):
+    grid, folders = study(arms=["mezo"], forms=["lora"], multipliers=[30, 10, 3, 1, 100])
+    cells = {cell.multiplier: cell for cell in grid.tune_cells(("sst2", "lora", "mezo"))}
+    for multiplier, (status, *told) in results.items():
+        write_cell(folders.file(grid, cells[multiplier]), result_of(grid, cells[multiplier], *told, status=status))
+    there, cell = tuning(grid, folders, cells[1].group)
+    assert [result["config"]["multiplier"] for result in there] == sorted(results)
+    assert cell == cells.get(following)
+    final = [] if following else grid.final_cells(cells[1].group, best_multiplier(there))
+    assert runnable(grid, folders) == [cell for cell in (cell, *final) if cell is not None]
 
 
 def test_a_result_of_other_conditions_is_refused(study):
