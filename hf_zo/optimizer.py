@@ -50,7 +50,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.estimator = estimator
         self.inner = inner
         self.skipped_steps = 0
-        self.forward_passes = 0
+        self.forward_passes = 0  # those before the first step are set by who made them
         self.last_was_skipped = False
         self._staged: Estimate | None = None
         self._ready = False

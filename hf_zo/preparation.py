@@ -89,17 +89,23 @@ class Preparation(EngineRuns):
         output_layer(model)
         freeze_head(model)
 
-    def _prepare_start(self, model: nn.Module) -> None:
-        """Calibrate and fit, unless resuming has loaded the weights."""
+    def _prepare_start(self, model: nn.Module) -> int:
+        """Calibrate and fit, unless resuming has loaded the weights; returns the forward passes that took."""
         starts = self._resume_from is None or is_weightless(self._resume_from)
-        if self.args.zo_method == "zo_act":
-            freeze_basis(model)  # resuming has loaded the adapter as trainable
-            if starts and not self._calibrated:
-                self._calibrate()
-        if self.args.zo_head_samples:
-            freeze_head(model)
-            if starts:
-                self._fit_head()
+        passes: list[None] = []
+        counting = model.register_forward_hook(lambda *_: passes.append(None))
+        try:
+            if self.args.zo_method == "zo_act":
+                freeze_basis(model)  # resuming has loaded the adapter as trainable
+                if starts and not self._calibrated:
+                    self._calibrate()
+            if self.args.zo_head_samples:
+                freeze_head(model)
+                if starts:
+                    self._fit_head()
+        finally:
+            counting.remove()
+        return len(passes)
 
     def _calibrate(self) -> None:
         """Make ZO-Act's basis from training rows, the same on every process, and leave all random states alone."""

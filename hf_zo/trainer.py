@@ -195,7 +195,7 @@ class ZOTrainerMixin(Preparation):
         if self._packing.model is not model:
             self._engine = self._engine_of(model)
             self._packing = self._packing_of(model)
-        self._prepare_start(model)
+        prepared = self._prepare_start(model)
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Resuming has loaded the weights by now, and PEFT loads a 16-bit adapter as fp32: the values are the same, but the
         # run would go on with other roundings.
@@ -218,6 +218,7 @@ class ZOTrainerMixin(Preparation):
         runs = self._packing.runs if self.args.zo_per_example else None
         self._runtime = TorchRuntime(params, self.args.zo_restore, None if self.args.torch_compile else model, runs)
         self.optimizer = ZOOptimizer(groups, {p: name for name, p in params.items()}, estimator, inner)
+        self.optimizer.forward_passes = prepared
         self._agree_on_weights(model)
         if self.args.zo_trajectory:
             self._zo_optimizer.register_step_post_hook(self._record)

@@ -374,6 +374,13 @@ def test_without_it_nothing_is_on_the_output_layer(tmp_path: Path) -> None:
     assert head_of(run.model) == {}
 
 
+def test_passes_before_the_first_step_are_counted(tmp_path: Path) -> None:
+    run = trainer(tmp_path, zo_packing=False)
+    run.train()
+    basis, fit, steps = 3 * 8 // 4, 48 // 4, 4 * 2
+    assert run._zo_optimizer.forward_passes == basis + fit + steps
+
+
 # ---- zo_method="auto" --------------------------------------------------------------------------------------------------
 
 

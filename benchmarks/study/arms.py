@@ -54,12 +54,6 @@ class Arm:
         """Whether it fits an output layer, which chooses among options; tasks with free answers have none."""
         return "zo_head_samples" in self.settings
 
-    @property
-    def fits_depth(self) -> bool:
-        """Whether it fits middle blocks too."""
-        return bool(self.settings.get("zo_fit_depth"))
-
-
 WITHOUT_OPTIONS = {
     "linear-probe": "zero-shot",
     "depth-probe": "zero-shot",

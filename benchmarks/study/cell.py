@@ -14,8 +14,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -67,7 +67,7 @@ def run_cell(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
     emulated = grid.dtype == "bfloat16" and not (torch.cuda.is_available() or cpu_multiplies_16_bit())
     with ProductsInFp32() if emulated else nullcontext():
         found = _run(grid, cell, folders)
-    found["environment"] = {**environment(), "bfloat16": "products in fp32, rounded"} if emulated else environment()
+    found["environment"] = {**environment(), **({"bfloat16": "products in fp32, rounded"} if emulated else {})}
     return {**found, "seconds": round(time.time() - begin, 1), "peak_megabytes": peak_megabytes()}
 
 
@@ -86,10 +86,8 @@ def _run(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
         if arm.curvzo_share is not None:
             tensors = sum(p.requires_grad for p in trainer.model.parameters())
             trainer.args.curvzo_budget = max(1.0, arm.curvzo_share * tensors)
-        if arm.fits_depth or arm.kind == "probe":
-            with counted_forwards(trainer.model) as passes:
-                trainer.create_optimizer()  # fits the output layer, and more
-            cost = cost.after(len(passes), grid.budget_of(cell.phase))
+        if arm.kind in ("zo", "probe"):
+            cost = cost.after(trainer.create_optimizer().forward_passes, grid.budget_of(cell.phase))  # calibrates and fits
             trainer.args.max_steps = max(cost.steps, 1)
         ends = sorted({round(fraction * cost.steps) for fraction in (*grid.checkpoints, 1.0)})
         trainer.add_callback(_AtCheckpoints(ends))
@@ -148,21 +146,10 @@ def trainer_of(grid: Grid, cell: Cell, task: Task, scratch: str, cost: Cost, par
     return build(args=grid.arguments(cell, scratch, max(cost.steps, 1)), **parts)
 
 
-@contextmanager
-def counted_forwards(model: Any) -> Iterator[list[None]]:
-    """Collects one item for every forward pass of the model."""
-    passes: list[None] = []
-    handle = model.register_forward_hook(lambda *_: passes.append(None))
-    try:
-        yield passes
-    finally:
-        handle.remove()
-
-
 def forwards_of(entry: dict[str, Any], cost: Cost) -> int:
     """Forward passes at a log entry: as counted by the optimizer, else by the step."""
     if "zo/forward_passes" in entry:
-        return cost.once + int(entry["zo/forward_passes"])
+        return int(entry["zo/forward_passes"])
     return cost.at(entry["step"])
 
 

@@ -64,7 +64,7 @@ class Cost:
     """Forward passes of a batch of the training's size.
 
     Attributes:
-        once: before the first step: ZO-Act's calibration, and one pass over the rows that an output layer is fitted to.
+        once: before the first step: ZO-Act's calibration, the passes of a fit.
         per_step: of a step.
         steps: as many as the budget holds.
     """
@@ -173,7 +173,7 @@ class Grid:
         return ModelArguments(str(folder), **chosen)
 
     def cost(self, cell: Cell) -> Cost:
-        """Forward passes of a cell; those of ``zo_fit_depth`` depend on the model, and are left to be counted.
+        """Forward passes of a cell as planned: those of a fit depend on the model, and are counted when it runs.
 
         Raises:
             GridError: if the budget holds no step.
