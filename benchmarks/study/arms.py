@@ -54,6 +54,7 @@ class Arm:
         """Whether it fits an output layer, which chooses among options; tasks with free answers have none."""
         return "zo_head_samples" in self.settings
 
+
 WITHOUT_OPTIONS = {
     "linear-probe": "zero-shot",
     "depth-probe": "zero-shot",
