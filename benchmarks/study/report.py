@@ -137,13 +137,15 @@ def outcome(group: Sequence[Result]) -> Outcome:
 
 
 def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tuple[str, str], list[Outcome]]:
-    """Means over the tasks of a model that have final runs, in all its grids, by (model, form): of arms and seeds run on all.
+    """Means over the tasks of a model that the baseline was run on, in all its grids, by (model, form).
+
+    They are of the arms and seeds that were run on all of them.
 
     Where a task has no options, `WITHOUT_OPTIONS` tells which arm stands for one that needs them.
     """
     by_model: dict[tuple[str, str], dict[tuple[str, str], dict[str, Outcome]]] = {}
     for (grid, task, form), of_table in tables.items():
-        model = next((cell["config"]["model"] for o in of_table for cell in o.cells), None)
+        model = next((cell["config"]["model"] for o in of_table if o.arm == BASELINE for cell in o.cells), None)
         if model is not None:
             by_model.setdefault((model, form), {})[grid, task] = {o.arm: o for o in of_table}
     found: dict[tuple[str, str], list[Outcome]] = {}
@@ -253,7 +255,8 @@ def page(results: Sequence[Result], figures: Mapping[str, str]) -> str:
     if not tables:
         parts.append("No cell has been run yet.")
     for (model, form), means in over_tasks(tables).items():
-        parts.append(f"## Mean of the tasks, {model}, {form}\n\n{table(means, tuned=False)}")
+        tasks = ", ".join(dict.fromkeys(cell["config"]["task"] for o in means for cell in o.cells))
+        parts.append(f"## Mean of {tasks}: {model}, {form}\n\n{table(means, tuned=False)}")
     for grid in dict.fromkeys(key[0] for key in tables):
         of_grid = [r["config"] for r in results if r["config"]["grid"] == grid]
         parts.append(f"## {grid}\n\n{_conditions(of_grid)}")
