@@ -221,8 +221,8 @@ def _of_options(hidden: torch.Tensor, logits: torch.Tensor, labels: OptionLabels
     if options is None:
         raise ValueError(_VARYING)
     place = options.row, logits.shape[1] - options.from_end
-    read, said = hidden[place].float(), logits[place][:, options.tokens].float()
-    return Readings(read / options.length, said / options.length, labels["target"], options.tokens)
+    inputs, scores = hidden[place].float(), logits[place][:, options.tokens].float()
+    return Readings(inputs / options.length, scores / options.length, labels["target"], options.tokens)
 
 
 def _of_classes(hidden: torch.Tensor, output: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> Readings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,11 @@ def score_of(result: Mapping[str, Any]) -> float:
     return float(result["evaluations"][-1]["score"]) if result["evaluations"] else -math.inf
 
 
-def best_multiplier(tuned: Iterable[Mapping[str, Any]]) -> float:
+def best_multiplier(tuned: Sequence[Mapping[str, Any]]) -> float:
     """The multiplier with the lowest development loss among those whose score is within a standard error of the best.
 
     The standard error is that of a share near a half. Runs that diverged do not count; where all did it is the smallest.
     """
-    tuned = list(tuned)
     fine = [result for result in tuned if result["status"] == "ok"]
     if not fine:
         return min(float(result["config"]["multiplier"]) for result in tuned)

@@ -91,7 +91,7 @@ def test_options_that_differ_in_their_last_token_score_as_rows_of_their_own(kind
     for row, example in zip(rows, shared.examples, strict=True):
         assert len(example["rows"]) == 1
         own = [bpe(task.prompt(row) + option)["input_ids"] for option in task.options(row)]
-        scored = [(i, len(ids) - n, ids[1 - n or len(ids)], i) for i, ids in enumerate(own) for n in range(tokens + 1, 1, -1)]
+        scored = [(i, len(ids) - n, ids[1 - n], i) for i, ids in enumerate(own) for n in range(tokens + 1, 1, -1)]
         separate.append({"rows": own, "scored": scored, "target": example["target"]})
     collate = OptionCollator(bpe, model)
     one, two = collate(shared.examples), collate(separate)
