@@ -63,6 +63,12 @@ def run_cells(grid: Grid, folders: Folders, jobs: int, only: str, runner: Runner
                     print(f"{cell.name} FAILED: {problem}", file=sys.stderr, flush=True)
 
 
+def left_out(grid: Grid, folders: Folders, only: str, phases: tuple[str, ...]) -> list[str]:
+    """Names of cells that could run now but for ``only``, and that cells which it names wait for."""
+    wanted = {cell.group for cell in grid.cells().values() if re.search(only, cell.name)}
+    return [c.name for c in runnable(grid, folders, phases) if c.group in wanted and not re.search(only, c.name)]
+
+
 def process_runner(arguments: argparse.Namespace, grid: Grid, folders: Folders) -> Runner:
     """Runs a cell in a process of its own, with its share of the cores unless OMP_NUM_THREADS says how many."""
     threads = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
@@ -235,6 +241,8 @@ def execute(arguments: argparse.Namespace) -> int:
                 )
         phases, only = ("tune",), "_base_zero-shot_|_lora_first-order_"
     failed = run_cells(grid, folders, arguments.jobs, only, process_runner(arguments, grid, folders), phases)
+    if waited_for := left_out(grid, folders, only, phases):
+        print(f"not run, as --only {only!r} leaves out what comes first: {', '.join(waited_for)}", file=sys.stderr)
     if arguments.command == "pilot":
         Console().print(pilot_table(grid, folders))
     return 1 if failed else 0

@@ -202,6 +202,13 @@ def test_a_cell_that_breaks_stops_nobody_else_and_leaves_no_file(study, capsys):
     assert [f.name for f in (folders.results / "tiny").iterdir()] == ["tune_sst2_lora_mezo_x1_seed0.json"]
 
 
+def test_what_a_pattern_leaves_out_but_waits_for_is_named(study):
+    grid, folders = study()
+    assert learning.left_out(grid, folders, "_lora_.*_x1_", PHASES) == []
+    assert learning.left_out(grid, folders, "final_.*_lora_", PHASES) == ["tune_sst2_lora_mezo_x1_seed0"]
+    assert learning.left_out(grid, folders, "_lora_", PHASES) == learning.left_out(grid, folders, "", PHASES) == []
+
+
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     file = tmp_path / "grid" / "cell.json"
     write_cell(file, {"a": 1})
