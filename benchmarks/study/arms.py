@@ -64,6 +64,9 @@ WITHOUT_OPTIONS = {
 }
 """What an arm that needs options is where a task has none."""
 
+WITHOUT_STEPS = {"auto": "depth-probe"}
+"""What an arm is where its budget ends before its first step."""
+
 
 def _zo(
     label: str, method: str, source: str, rates_of: str | None = None, curvzo_share: float | None = None, **settings: Any

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from hf_zo.tasks import TASKS
 
-from .arms import ARMS, FORWARDS_PER_FIRST_ORDER_STEP, WITHOUT_OPTIONS
+from .arms import ARMS, FORWARDS_PER_FIRST_ORDER_STEP, WITHOUT_OPTIONS, WITHOUT_STEPS
 from .cell import DIVERGED, DIVERGED_AT_ONCE
 from .claims import CLAIMS, Claim
 from .progress import TOO_HIGH, best_multiplier, score_of
@@ -34,6 +34,7 @@ class Outcome:
         scores: in points by seed, on the validation split.
         development: points on development rows, the best of all multipliers.
         cells: the final results behind them.
+        same_as: label of the arm whose runs these are, where this one was not run but comes to the same.
     """
 
     arm: str
@@ -44,6 +45,7 @@ class Outcome:
     scores: dict[int, float] = field(default_factory=dict)
     development: float | None = None
     cells: list[Result] = field(default_factory=list)
+    same_as: str | None = None
 
     @property
     def diverged(self) -> int:
@@ -111,9 +113,26 @@ def outcomes(results: Iterable[Result]) -> dict[tuple[str, str, str], list[Outco
                 found[key] = [*found[key], *of_base]
             del found[grid, task, form]
     order = list(ARMS)
-    for of_table in found.values():
+    for (_, task, _), of_table in found.items():
+        of_table.extend(stand_ins(task, of_table))
         of_table.sort(key=lambda o: (order.index(o.arm) if o.arm in order else len(order), o.arm))
     return dict(sorted(found.items()))
+
+
+def stand_ins(task: str, of_table: Sequence[Outcome]) -> list[Outcome]:
+    """Outcomes of arms that were not run, as they come to the same as others that were.
+
+    `WITHOUT_STEPS` tells which others where the budget ends before the first step, `WITHOUT_OPTIONS` where a task has none.
+    """
+    by_arm = {o.arm: o for o in of_table if o.cells}
+    found = []
+    for arm, other in WITHOUT_STEPS.items():
+        same = by_arm.get(other if TASKS[task].options is not None else WITHOUT_OPTIONS[arm])
+        if same is None or arm in by_arm:
+            continue
+        if same.arm != other or all(cell["forward_passes"] >= cell["config"]["budget"] for cell in same.cells):
+            found.append(replace(same, arm=arm, label=ARMS[arm].label, same_as=same.label))
+    return found
 
 
 def outcome(group: Sequence[Result]) -> Outcome:
@@ -184,9 +203,10 @@ def verdict(claim: Claim, tables: Iterable[Sequence[Outcome]]) -> tuple[str, str
         by_arm = {o.arm: o for o in table}
         if claim.better in by_arm and claim.worse in by_arm:
             better, worse = by_arm[claim.better], by_arm[claim.worse]
-            if (id(better), id(worse)) in seen:
+            pair = id(better.cells), id(worse.cells)
+            if pair in seen or better.cells is worse.cells:
                 continue
-            seen.add((id(better), id(worse)))
+            seen.add(pair)
             for seed in sorted(set(better.scores) & set(worse.scores)):
                 ours.append(better.scores[seed])
                 theirs.append(worse.scores[seed])
@@ -205,18 +225,19 @@ def verdict(claim: Claim, tables: Iterable[Sequence[Outcome]]) -> tuple[str, str
 def table(of_table: Sequence[Outcome], tuned: bool = True) -> str:
     """A Markdown table of outcomes; ``tuned`` adds the multiplier and what a run cost."""
     baseline = next((o for o in of_table if o.arm == BASELINE), None)
-    head = ["arm", "score", "seeds", "against MeZO", "p"]
-    head += ["rate (multiplier)", "forward passes", "seconds", "peak MB", "diverged"] if tuned else []
+    head = ["arm", "score", "seeds", "against MeZO", "p", "forward passes"]
+    head += ["rate (multiplier)", "seconds", "peak MB", "diverged"] if tuned else []
     lines = [_row(head), _row(["---"] * len(head))]
     for o in of_table:
         mean, error = mean_and_error(list(o.scores.values()))
         score = f"{mean:.1f} ± {_number(error)}" if o.scores else f"{_number(o.development)} (development)"
         test = compared(o, baseline)
-        cells = [o.label, score, str(len(o.scores)), f"{test.mean:+.1f} ± {_number(test.error)}" if test else ""]
-        cells.append(_number(test.p, 3) if test else "")
+        cells = [f"{o.label} (here: {o.same_as})" if o.same_as else o.label, score, str(len(o.scores))]
+        cells += [f"{test.mean:+.1f} ± {_number(test.error)}", _number(test.p, 3)] if test else ["", ""]
+        cells.append(_mean_of(o.cells, "forward_passes"))
         if tuned:
             rate = "" if o.rate is None else f"{o.rate:.2g} ({o.multiplier:g}{', **edge**' if o.edge else ''})"
-            cells += [rate, *(_mean_of(o.cells, key) for key in ("forward_passes", "train_seconds", "peak_megabytes"))]
+            cells += [rate, *(_mean_of(o.cells, key) for key in ("train_seconds", "peak_megabytes"))]
             cells.append(f"{o.diverged} of {len(o.cells)}" if o.cells else "")
         lines.append(_row(cells))
     return "\n".join(lines)
@@ -319,7 +340,7 @@ def draw(grid: str, tables: Mapping[tuple[str, str, str], list[Outcome]], file: 
     colours = plt.get_cmap("tab20")
     for (task, form), of_table in panels.items():
         axis = axes[forms.index(form)][tasks.index(task)]
-        for o in of_table:
+        for o in (o for o in of_table if not o.same_as):
             points = curve(o.cells)
             colour = colours(arms.index(o.arm) % 20)
             if len(points) > 1:

@@ -73,13 +73,13 @@ def test_the_table():
     # scores 60, 64, 68: mean 64, standard deviation 4; against 70, 72, 74: -10, -8, -6
     t = -8 / (2 / math.sqrt(3))
     assert lines["KerZOO"] == [
-        "KerZOO", "64.0 ± 2.3", "3", "-8.0 ± 1.2", f"{two_sided_p(t, 2):.3f}", "0.001 (10, **edge**)", "20", "20", "500",
+        "KerZOO", "64.0 ± 2.3", "3", "-8.0 ± 1.2", f"{two_sided_p(t, 2):.3f}", "20", "0.001 (10, **edge**)", "20", "500",
         "0 of 3",
     ]  # fmt: skip
-    assert lines["MeZO"][1:6] == ["72.0 ± 1.2", "3", "", "", "0.0003 (3)"]
+    assert lines["MeZO"][1:7] == ["72.0 ± 1.2", "3", "", "", "20", "0.0003 (3)"]
     assert lines["ZO-Act"][-1] == "1 of 3"
     assert lines["LoZO"][1:] == ["80.0 (development)", "0", *[""] * 7]  # no rate: tuning may not have ended
-    assert lines["zero-shot"][5] == ""
+    assert lines["zero-shot"][6] == ""
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,26 @@ def test_where_a_task_has_no_options_a_probed_arm_counts_as_what_is_left_of_it()
     rte = [*three("zo-act", 0.6, "rte"), *three("mezo", 0.5, "rte", "lora")]  # has options: the probed arm was not run
     means = over_tasks(outcomes(sst2 + squad + rte))["smollm2", "lora"]
     assert {o.arm for o in means} == {"mezo", "zo-act"}
+
+
+def test_the_recipe_is_its_fit_where_that_takes_the_budget_and_zo_act_where_there_are_no_options():
+    def two(arm, score, task, form="base", **more):
+        final = [cell(arm, score + seed / 100, seed=seed, task=task, form=form, **more) for seed in (1, 2)]
+        return [*tuned(arm, {1: 0.5}, task=task, form=form), *final]
+
+    sst2 = [*two("depth-probe", 0.8, "sst2", forwards=30), *two("mezo", 0.6, "sst2", "lora")]
+    squad = [*two("zo-act", 0.4, "squad"), *two("depth-probe", 0.1, "squad"), *two("mezo", 0.2, "squad", "lora")]
+    tables = outcomes(sst2 + squad)
+    found = {task: {o.arm: o for o in of_table} for (_, task, _), of_table in tables.items()}
+    assert found["sst2"]["auto"].scores == found["sst2"]["depth-probe"].scores
+    assert found["squad"]["auto"].scores == found["squad"]["zo-act"].scores
+    assert "| the recipe, zo_method=auto (here: ZO-Act) | 41.5 ± 0.5 |" in page(sst2 + squad, {})
+    assert {o.arm: pytest.approx(o.scores[1]) for o in over_tasks(tables)["smollm2", "lora"]}["auto"] == 61
+    claims = [Claim("", "", "auto", other) for other in ("mezo", "depth-probe")]
+    of_sst2 = list(outcomes(sst2).values())
+    assert [verdict(claim, of_sst2)[0].partition(" points")[0] for claim in claims] == ["+20.0 ± 0.0", ""]
+    short = [*two("depth-probe", 0.8, "sst2", forwards=10), *two("mezo", 0.6, "sst2", "lora")]  # room for steps
+    assert "auto" not in {o.arm for o in outcomes(short)["made-up", "sst2", "lora"]}
 
 
 def test_verdicts():
