@@ -87,7 +87,7 @@ def _run(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
             tensors = sum(p.requires_grad for p in trainer.model.parameters())
             trainer.args.curvzo_budget = max(1.0, arm.curvzo_share * tensors)
         if arm.kind in ("zo", "probe"):
-            cost = cost.after(trainer.create_optimizer().forward_passes, grid.budget_of(cell.phase))  # calibrates and fits
+            cost = cost.after(trainer.create_optimizer().forward_passes, grid.budget)  # calibrates and fits
             trainer.args.max_steps = max(cost.steps, 1)
         ends = sorted({round(fraction * cost.steps) for fraction in (*grid.checkpoints, 1.0)})
         trainer.add_callback(_AtCheckpoints(ends))

@@ -101,7 +101,6 @@ class Grid:
         seeds: of the final cells: data sample, order, first adapter values and directions.
         budget: forward passes of a batch, per run.
         tuning_seed: of the tuning cells.
-        tune_budget: forward passes of a tuning cell; default ``budget``.
         batch_size: rows of a batch.
         train_samples: rows to train on, drawn by the seed; fewer where a task has fewer.
         dev_samples: development rows.
@@ -122,7 +121,6 @@ class Grid:
     seeds: tuple[int, ...]
     budget: int
     tuning_seed: int = 0
-    tune_budget: int | None = None
     batch_size: int = 16
     train_samples: int = 1000
     dev_samples: int = 200
@@ -133,10 +131,6 @@ class Grid:
     dtype: str = "float32"
     lora_r: int = 8
     lora_alpha: int = 16
-
-    def budget_of(self, phase: str) -> int:
-        """Forward passes of a cell of that phase."""
-        return self.budget if phase == "final" else self.tune_budget or self.budget
 
     def tune_cells(self, group: tuple[str, str, str]) -> list[Cell]:
         """One per multiplier; a single one where nothing is trained."""
@@ -178,7 +172,7 @@ class Grid:
         Raises:
             GridError: if the budget holds no step.
         """
-        arm, budget = self.arms[cell.arm], self.budget_of(cell.phase)
+        arm, budget = self.arms[cell.arm], self.budget
         if arm.kind == "prompt":
             return Cost(0, 0, 0)
         once, per_step = 0, FORWARDS_PER_FIRST_ORDER_STEP
@@ -207,7 +201,7 @@ class Grid:
             "max_steps": steps,
             "learning_rate": arm.rates[cell.form] * cell.multiplier,
             "per_device_train_batch_size": self.batch_size,
-            "per_device_eval_batch_size": 2 * self.batch_size,
+            "per_device_eval_batch_size": max(32, 2 * self.batch_size),
             "lr_scheduler_type": self.schedule,
             "seed": cell.seed,
             "logging_steps": max(1, steps // 100),
@@ -226,13 +220,22 @@ class Grid:
     def config(self, cell: Cell) -> dict[str, Any]:
         """All that the result of a cell depends on: JSON types only."""
         arm = self.arms[cell.arm]
-        shared = ("model", "batch_size", "train_samples", "dev_samples", "eval_samples", "schedule", "max_length", "dtype")
+        shared = (
+            "model",
+            "budget",
+            "batch_size",
+            "train_samples",
+            "dev_samples",
+            "eval_samples",
+            "schedule",
+            "max_length",
+            "dtype",
+        )
         found = {
             "grid": self.name,
             **dataclasses.asdict(cell),
             **{name: getattr(self, name) for name in (*shared, "lora_r", "lora_alpha")},
             "checkpoints": list(self.checkpoints),
-            "budget": self.budget_of(cell.phase),
             "label": arm.label,
             "kind": arm.kind,
             "rate": arm.rates[cell.form],

@@ -100,7 +100,8 @@ def tuning(grid: Grid, folders: Folders, group: tuple[str, str, str]) -> tuple[l
     """Tuning results of an arm, from small rates to large, and the cell to run next; None when it is tuned.
 
     The search starts in the middle. A larger rate is tried unless the largest one so far diverged or ended at `TOO_HIGH` times
-    the lowest loss, or neither of the two largest is the best; a smaller one, while the smallest so far is the best.
+    the lowest loss, or neither of the two largest is the best; a smaller one, while the smallest so far is the best, and once
+    in any case: where all rates are too large, the best of them is a matter of luck.
 
     Raises:
         GridError: if a result was made under other conditions than the grid now names.
@@ -108,16 +109,18 @@ def tuning(grid: Grid, folders: Folders, group: tuple[str, str, str]) -> tuple[l
     cells = sorted(grid.tune_cells(group), key=lambda cell: cell.multiplier)
     results = [checked(grid, folders, cell) for cell in cells]
     there = [result for result in results if result is not None]
+    middle = (len(cells) - 1) // 2
     tried = [i for i, result in enumerate(results) if result is not None]
     if not there:
-        return [], cells[(len(cells) - 1) // 2]
+        return [], cells[middle]
     low, high = tried[0], tried[-1]
     missing = [cell for cell, result in zip(cells[low:high], results[low:high], strict=True) if result is None]
     if missing:
         return there, missing[0]
     if high + 1 < len(cells) and not _too_large(there):
         return there, cells[high + 1]
-    return there, cells[low - 1] if low and best_multiplier(there) == cells[low].multiplier else None
+    smaller = low and (low >= middle or best_multiplier(there) == cells[low].multiplier)
+    return there, cells[low - 1] if smaller else None
 
 
 def _too_large(tuned: Sequence[Mapping[str, Any]]) -> bool:

@@ -121,8 +121,7 @@ def _check_values(grid: Grid) -> None:
         GridError: naming field, value and what it may be.
     """
     integers = ("budget", "batch_size", "train_samples", "dev_samples", "max_length", "lora_r", "lora_alpha")
-    optional = [name for name in ("tune_budget", "eval_samples") if getattr(grid, name) is not None]
-    for name in (*integers, *optional):
+    for name in (*integers, *(["eval_samples"] if grid.eval_samples is not None else [])):
         value = getattr(grid, name)
         if type(value) is not int or value < 1:
             raise GridError(f"{name}={value!r} must be a whole number, at least 1.")
