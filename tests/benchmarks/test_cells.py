@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import learning
@@ -96,8 +97,9 @@ def test_first_order_sees_the_same_rows_and_counts_three_forward_passes_a_step(s
     assert first["evaluations"][-1]["loss"] != first["evaluations"][0]["loss"]
 
 
-@pytest.mark.parametrize(("arm", "multiplier"), [("mezo", 1e30), ("first-order", 1e9)])
-def test_a_run_that_diverges_is_recorded(study, arm, multiplier):
+@pytest.mark.parametrize("arm", ["mezo", "first-order"])
+def test_a_run_that_diverges_is_recorded(study, arm):
+    multiplier = 1e30  # beyond fp32: a smaller one may end at any loss, as layer norms bound it
     grid, folders = study(arms=[arm], forms=["lora"], multipliers=[multiplier], budget=36)
     cell = Cell("tune", "sst2", "lora", arm, multiplier, 0)
     write_cell(folders.file(grid, cell), run_cell(grid, cell, folders))
@@ -148,9 +150,9 @@ def test_linear_probes(study, model):
 
 
 def test_the_recipe_spends_what_its_fit_leaves_on_steps(study):
-    grid, folders = study(arms=["depth-probe", "auto"], multipliers=[1], checkpoints=[0.5], budget=60, tune_budget=30)
-    auto = [grid.tune_cells(("sst2", "base", "auto"))[0], grid.final_cells(("sst2", "base", "auto"), 1.0)[0]]
-    short, long = (run_cell(grid, cell, folders) for cell in auto)
+    grid, folders = study(arms=["depth-probe", "auto"], multipliers=[1], checkpoints=[0.5], budget=60)
+    auto = grid.tune_cells(("sst2", "base", "auto"))[0]
+    short, long = (run_cell(replace(grid, budget=budget), auto, folders) for budget in (30, 60))
     fit = run_cell(grid, grid.tune_cells(("sst2", "base", "depth-probe"))[0], folders)["forward_passes"] + 3 * 4  # a basis
     assert 30 < fit < 60 - 4
     assert (short["steps"], short["forward_passes"], len(short["evaluations"])) == (0, fit, 1)
@@ -283,14 +285,14 @@ def test_the_pilot_tells_which_tasks_gain(study):
 
 
 def test_the_overview_counts_what_is_left(study):
-    grid, folders = study(tune_budget=6)
+    grid, folders = study()
     table = learning.overview(grid, folders)
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert rows == [
         ("sst2", "base", "zero-shot", "0+", "0/2", "0 / 0", "0"),
-        ("sst2", "lora", "mezo", "0+", "0/2", "6 / 12", "30"),
+        ("sst2", "lora", "mezo", "0+", "0/2", "12 / 12", "36"),
     ]
-    assert table.caption.startswith("At least 30 forward passes of 4 examples left")
+    assert table.caption.startswith("At least 36 forward passes of 4 examples left")
 
 
 def test_the_encoder_gets_a_pooler_that_passes_its_input_on(tmp_path, monkeypatch):
