@@ -279,7 +279,7 @@ def page(results: Sequence[Result], figures: Mapping[str, str]) -> str:
         tasks = ", ".join(dict.fromkeys(cell["config"]["task"] for o in means for cell in o.cells))
         parts.append(f"## Mean of {tasks}: {model}, {form}\n\n{table(means, tuned=False)}")
     for grid in dict.fromkeys(key[0] for key in tables):
-        of_grid = [r["config"] for r in results if r["config"]["grid"] == grid]
+        of_grid = next(r["config"] for r in results if r["config"]["grid"] == grid)
         parts.append(f"## {grid}\n\n{_conditions(of_grid)}")
         if grid in figures:
             parts.append(f"![Scores against forward passes, one panel per task and form]({figures[grid]})")
@@ -290,13 +290,10 @@ def page(results: Sequence[Result], figures: Mapping[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _conditions(configs: Sequence[Mapping[str, Any]]) -> str:
-    budgets = {phase: sorted({c["budget"] for c in configs if c["phase"] == phase}) for phase in ("tune", "final")}
-    said = [f"{phase}: {', '.join(f'{b:,}' for b in budget)}" for phase, budget in budgets.items() if budget]
-    c = configs[0]
+def _conditions(c: Mapping[str, Any]) -> str:
     return (
-        f"Model {c['model']}, batches of {c['batch_size']}, {c['train_samples']:,} training and {c['dev_samples']:,} "
-        f"development rows, {c['schedule']} schedule. Budget in forward passes, {'; '.join(said)}."
+        f"Model {c['model']}, {c['budget']:,} forward passes of batches of {c['batch_size']}, {c['train_samples']:,} training "
+        f"and {c['dev_samples']:,} development rows, {c['schedule']} schedule."
     )
 
 
