@@ -172,7 +172,7 @@ class Grid:
         Raises:
             GridError: if the budget holds no step.
         """
-        arm, budget = self.arms[cell.arm], self.budget
+        arm = self.arms[cell.arm]
         if arm.kind == "prompt":
             return Cost(0, 0, 0)
         once, per_step = 0, FORWARDS_PER_FIRST_ORDER_STEP
@@ -184,9 +184,10 @@ class Grid:
                 return Cost(once, 0, 0)
             if arguments.zo_method == "zo_act" and arguments.zo_act_basis == "activations":
                 once += CALIBRATION_SWEEPS * self._batches(arguments.zo_act_samples)
-        steps = (budget - once) // per_step
+        steps = (self.budget - once) // per_step
         if steps < 1:
-            raise GridError(f"budget={budget} holds no step of arm {cell.arm!r}, which takes {per_step} (and {once} before).")
+            takes = f"{per_step} (and {once} before)"
+            raise GridError(f"budget={self.budget} holds no step of arm {cell.arm!r}, which takes {takes}.")
         return Cost(once, per_step, steps)
 
     def _batches(self, samples: int) -> int:
@@ -220,21 +221,11 @@ class Grid:
     def config(self, cell: Cell) -> dict[str, Any]:
         """All that the result of a cell depends on: JSON types only."""
         arm = self.arms[cell.arm]
-        shared = (
-            "model",
-            "budget",
-            "batch_size",
-            "train_samples",
-            "dev_samples",
-            "eval_samples",
-            "schedule",
-            "max_length",
-            "dtype",
-        )
+        shared = ("model", "batch_size", "train_samples", "dev_samples", "eval_samples", "schedule", "max_length", "dtype")
         found = {
             "grid": self.name,
             **dataclasses.asdict(cell),
-            **{name: getattr(self, name) for name in (*shared, "lora_r", "lora_alpha")},
+            **{name: getattr(self, name) for name in (*shared, "budget", "lora_r", "lora_alpha")},
             "checkpoints": list(self.checkpoints),
             "label": arm.label,
             "kind": arm.kind,

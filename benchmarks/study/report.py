@@ -119,6 +119,11 @@ def outcomes(results: Iterable[Result]) -> dict[tuple[str, str, str], list[Outco
     return dict(sorted(found.items()))
 
 
+def on_task(arm: str, task: str) -> str:
+    """What an arm is on a task; see `WITHOUT_OPTIONS`."""
+    return arm if TASKS[task].options is not None else WITHOUT_OPTIONS.get(arm, arm)
+
+
 def stand_ins(task: str, of_table: Sequence[Outcome]) -> list[Outcome]:
     """Outcomes of arms that were not run, as they come to the same as others that were.
 
@@ -126,11 +131,12 @@ def stand_ins(task: str, of_table: Sequence[Outcome]) -> list[Outcome]:
     """
     by_arm = {o.arm: o for o in of_table if o.cells}
     found = []
-    for arm, other in WITHOUT_STEPS.items():
-        same = by_arm.get(other if TASKS[task].options is not None else WITHOUT_OPTIONS[arm])
-        if same is None or arm in by_arm:
-            continue
-        if same.arm != other or all(cell["forward_passes"] >= cell["config"]["budget"] for cell in same.cells):
+    for arm, fit in WITHOUT_STEPS.items():
+        same = by_arm.get(on_task(arm, task))
+        if same is None and fit in by_arm:
+            spent = all(cell["forward_passes"] >= cell["config"]["budget"] for cell in by_arm[fit].cells)
+            same = by_arm[fit] if spent else None
+        if same is not None and same.arm != arm:
             found.append(replace(same, arm=arm, label=ARMS[arm].label, same_as=same.label))
     return found
 
@@ -172,10 +178,7 @@ def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tup
         if len(of_tasks) < 2:
             continue
         for arm, label in {o.arm: o.label for by_arm in of_tasks.values() for o in by_arm.values()}.items():
-            same = [
-                by_arm.get(arm if TASKS[task].options is not None else WITHOUT_OPTIONS.get(arm, arm))
-                for (_, task), by_arm in of_tasks.items()
-            ]
+            same = [by_arm.get(on_task(arm, task)) for (_, task), by_arm in of_tasks.items()]
             there = [o for o in same if o is not None]
             seeds = set.intersection(*(set(o.scores) for o in there)) if len(there) == len(of_tasks) else set()
             if seeds:
