@@ -127,8 +127,8 @@ def overview(grid: Grid, folders: Folders, only: str = "") -> Table:
         waiting = final if ahead else [cell for cell in final if checked(grid, folders, cell) is None]
         left = sum(grid.cost(cell).total for cell in (*ahead, *waiting))
         total += left
-        costs = f"{grid.cost(grid.tune_cells(group)[0]).total} / {grid.cost(final[0]).total}"
-        table.add_row(*group, f"{len(tuned)}{'+' * len(ahead)}", f"{len(final) - len(waiting)}/{len(final)}", costs, str(left))
+        done = f"{len(final) - len(waiting)}/{len(final)}"
+        table.add_row(*group, f"{len(tuned)}{'+' * len(ahead)}", done, str(grid.cost(final[0]).total), str(left))
     table.caption = f"At least {total} forward passes of {grid.batch_size} examples left, besides evaluations"
     return table
 

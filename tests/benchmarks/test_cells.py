@@ -289,8 +289,8 @@ def test_the_overview_counts_what_is_left(study):
     table = learning.overview(grid, folders)
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert rows == [
-        ("sst2", "base", "zero-shot", "0+", "0/2", "0 / 0", "0"),
-        ("sst2", "lora", "mezo", "0+", "0/2", "12 / 12", "36"),
+        ("sst2", "base", "zero-shot", "0+", "0/2", "0", "0"),
+        ("sst2", "lora", "mezo", "0+", "0/2", "12", "36"),
     ]
     assert table.caption.startswith("At least 36 forward passes of 4 examples left")
 
