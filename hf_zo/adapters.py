@@ -153,10 +153,14 @@ def _task_type(model: nn.Module) -> str | None:
     return found[0] if found else None
 
 
+def base_of(model: nn.Module) -> Any:
+    """The model itself, without the wrapper that PEFT puts around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _head(model: nn.Module) -> nn.Module | None:
     """The output layer of a language model, under PEFT too; None if the model has none."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(base, "get_output_embeddings", lambda: None)()
+    return getattr(base_of(model), "get_output_embeddings", lambda: None)()
 
 
 def head_name(model: nn.Module) -> str | None:

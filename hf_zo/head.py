@@ -27,7 +27,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .adapters import adapted_head, factors_of, head_name
+from .adapters import adapted_head, base_of, factors_of, head_name
 from .tasks.scoring import OptionCollator, OptionLabels
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def output_layer(model: nn.Module) -> nn.Module:
     layer = adapted_head(model)
     if layer is not None:
         return cast(nn.Module, layer)
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     name = head_name(base)
     if name is not None:
         raise ValueError(f"zo_head_samples fits an adapter on the output layer; add {name!r} to the adapter's target_modules.")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .adapters import base_of
 from .tasks.generation import greedy_answers, reference_answers
 from .tasks.scoring import OptionLabels, option_predictions, option_scores
 from .tasks.text import token_f1
@@ -25,8 +26,7 @@ Objective = Callable[[Any, nn.Module, Mapping[str, Any]], torch.Tensor]
 
 def shifts_labels(model: nn.Module) -> bool:
     """Whether position i of the logits predicts label i + 1, as in causal language models."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return type(base_of(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def label_count(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | int:

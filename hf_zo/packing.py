@@ -30,6 +30,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
+from .adapters import base_of
 from .objectives import shifts_labels
 from .tasks.scoring import OptionLabels
 
@@ -84,7 +85,7 @@ class Packing:
 
     def __init__(self, model: nn.Module, enabled: bool = True, in_rows: bool = True) -> None:
         self.model = model
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         self._head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         config: Any = getattr(base, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config

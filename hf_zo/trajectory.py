@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from torch import nn
 
 from ._version import __version__
-from .adapters import adapter_key, adapter_values
+from .adapters import adapter_key, adapter_values, base_of
 from .directions import ExampleDirections, Probe, TensorSpec, space_of
 from .estimators import METHODS, Estimate, Estimator, hyperparameters
 from .optimizer import ZOOptimizer
@@ -284,7 +283,7 @@ def header_of(
     index = {name: i for i, name in enumerate(params)}
     by_group = [[index[optimizer.names[p]] for p in group["params"]] for group in optimizer.param_groups]
     estimator, config = optimizer.estimator, getattr(model, "config", None)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     name = getattr(config, "_name_or_path", "") or ""
     floating = [p.dtype for p in base.parameters() if p.is_floating_point()]
     header = {

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 
 from .._version import __version__
+from ..adapters import base_of
 from ..estimators import METHODS, hyperparameters
 from ..trajectory import SEALED_NAME
 
@@ -72,7 +73,7 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
     args, history = trainer.args, trainer.state.log_history
     model, optimizer = trainer.model, trainer._zo_optimizer
     adapter = isinstance(model, PeftModel)
-    base = model.get_base_model() if adapter else model
+    base = base_of(model)
     method = args.zo_method
     inner = optimizer.inner
     rule = "the estimate itself (SGD), one tensor at a time"

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
+from ..adapters import base_of
 from ..tasks.scoring import OptionLabels
 from .vllm import EngineError
 
@@ -165,7 +166,7 @@ class Server:
 
 def description(model: nn.Module) -> dict[str, Any]:
     """What two copies of a base model have to share before their bits are worth comparing: class, dtype, sizes."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     config = base.config.to_dict()
     sizes = {key: config[key] for key in sorted(config) if type(config[key]) is int and ("_size" in key or "num_" in key)}
     return {

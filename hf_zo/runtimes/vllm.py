@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from ..adapters import base_of
 from ..objectives import shifts_labels
 from .torch import Randomness
 
@@ -62,7 +63,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, max_tokens: int = 8192, max_length: int | None = None) -> None:
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
         if virtual:
             raise EngineError("zo_runtime='vllm' has no virtual tokens (prefix and prompt tuning); use LoRA, or 'torch'.")

@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..adapters import base_of
+
 
 class OptionLabels(dict):
     """The labels of a batch of B examples as a mapping that the Trainer can gather.
@@ -52,8 +54,7 @@ class OptionCollator:
         self.left = tokenizer.padding_side == "left" and not virtual
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad = 0 if pad is None else pad
-        base = model.get_base_model() if model is not None and hasattr(model, "get_base_model") else model
-        takes = inspect.signature(base.forward).parameters if base is not None else {}
+        takes = inspect.signature(base_of(model).forward).parameters if model is not None else {}
         self.with_positions = self.left and "position_ids" in takes
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
