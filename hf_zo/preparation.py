@@ -156,12 +156,14 @@ class Preparation(EngineRuns):
     def _fit_depth(self, batches: list[dict[str, Any]], found: HeadFit) -> dict[str, float]:
         """Continue the fit in the middle blocks."""
         mask: torch.Tensor | None = None
+        options = found.left_out.shape[1]
 
         def scores(batch: Mapping[str, Any]) -> torch.Tensor:
             nonlocal mask
             mask, labels = batch.get("attention_mask"), batch["labels"]
             logits = self._logits(batch)
-            return option_scores(logits, labels) if isinstance(labels, OptionLabels) else logits
+            # Of options of several tokens there are columns to spare.
+            return option_scores(logits, labels)[:, :options] if isinstance(labels, OptionLabels) else logits
 
         def rows(tokens: int) -> torch.Tensor:
             row = torch.empty(tokens, dtype=torch.long, device=self.args.device)

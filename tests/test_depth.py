@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import assert_same_weights, tiny_llama, trained_of, weights_of
-from test_head import assert_replay_equals_run, assert_resumed_equals_whole, trainer
+from test_head import assert_replay_equals_run, assert_resumed_equals_whole, options, trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
@@ -209,6 +210,14 @@ def test_batches_without_padding_give_the_same(tmp_path: Path) -> None:
     assert added[0].norm() > 0.1
     difference = float((added[0] - added[1]).norm() / added[0].norm())
     assert difference < 1e-3  # rounding of scores, over the radius
+
+
+@pytest.mark.usefixtures("unread")
+def test_options_of_several_tokens_are_fitted_too(tmp_path: Path) -> None:
+    run = trainer(tmp_path, zo_fit_depth=True)
+    run.data_collator = partial(options, two=True)
+    run.create_optimizer()
+    assert max(p.norm() for name, p in middle_of(run.model).items() if "lora_B" in name) > 0.1
 
 
 @pytest.mark.usefixtures("unread")
