@@ -143,8 +143,20 @@ CLAIMS = (
         "depth-probe",
         reason="as for a linear probe",
     ),
-    Claim("The basis from activations is what helps", "arXiv 2607.01125", "zo-act", "zo-act-random"),
-    Claim("Adam in the subspace is what helps", "arXiv 2607.01125", "zo-act", "zo-act-sgd"),
+    Claim(
+        "The basis from activations is what helps",
+        "arXiv 2607.01125",
+        "zo-act",
+        "zo-act-random",
+        reason="activations keep most of the gradient, and of the curvature, which bounds the rate",
+    ),
+    Claim(
+        "Adam in the subspace is what helps",
+        "arXiv 2607.01125",
+        "zo-act",
+        "zo-act-sgd",
+        reason="one rate for all layers is bounded by those with the largest inputs",
+    ),
     Claim(
         "KerZOO and CurvZO reach MeZO's accuracy in 44 to 74 % and 51 to 59 % less GPU time",
         "arXiv 2505.18886, arXiv 2603.21725",
