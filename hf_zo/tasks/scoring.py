@@ -90,6 +90,8 @@ class OptionCollator:
 def option_scores(logits: torch.Tensor, labels: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Mean token log-probability of every option, fp32 [B, K]; -inf where an example has fewer than K options.
 
+    K is the most tokens that an example's options have together: to know the most options, a GPU would have to be waited for.
+
     Args:
         logits: [rows, positions, vocabulary].
         labels: see `OptionLabels`.
