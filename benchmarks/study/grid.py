@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from hf_zo import ZOTrainingArguments
@@ -25,6 +26,7 @@ from hf_zo.tasks.finetune import ModelArguments
 from .arms import FORMS, FORWARDS_PER_FIRST_ORDER_STEP, Arm
 
 CALIBRATION_SWEEPS = 3  # passes of `hf_zo.adapters.calibrate` over its sequences
+MIXED = {"bfloat16": "bf16", "float16": "fp16"}  # the Trainer's name of mixed precision
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2": {"head": "lm", "lora_target_modules": ["q_proj", "v_proj"]},
@@ -108,7 +110,8 @@ class Grid:
         checkpoints: fractions of the budget after which to evaluate; 1, the end, always belongs to them.
         schedule: of the learning rate.
         max_length: most tokens of a row.
-        dtype: of the weights; not "auto", which depends on the machine: cells of a grid are compared.
+        dtype: of the weights; not "auto", which depends on the machine: cells of a grid are compared. Where a first-order arm
+            trains them all they stay in fp32 and are multiplied in it (mixed precision): AdamW's updates are below 16 bits.
         lora_r, lora_alpha: of the LoRA forms.
     """
 
@@ -162,6 +165,8 @@ class Grid:
         """The model of a cell."""
         lora = {"lora_r": self.lora_r, "lora_alpha": self.lora_alpha, "dtype": self.dtype}
         chosen = {**MODELS[self.model], **lora, **FORMS[cell.form]}
+        if self._is_mixed(cell):
+            chosen["dtype"] = "float32"
         if self.arms[cell.arm].needs_options and chosen["head"] == "lm":
             chosen["lora_target_modules"] = [*chosen["lora_target_modules"], "lm_head"]
         return ModelArguments(str(folder), **chosen)
@@ -190,6 +195,9 @@ class Grid:
             raise GridError(f"budget={self.budget} holds no step of arm {cell.arm!r}, which takes {takes}.")
         return Cost(once, per_step, steps)
 
+    def _is_mixed(self, cell: Cell) -> bool:
+        return self.arms[cell.arm].kind == "first-order" and cell.form == "full" and self.dtype in MIXED
+
     def _batches(self, samples: int) -> int:
         """Batches that so many training rows make."""
         return math.ceil(min(samples, self.train_samples) / self.batch_size)
@@ -215,7 +223,8 @@ class Grid:
         if arm.kind in ("zo", "probe"):
             return ZOTrainingArguments(**{**common, "zo_trajectory": False, **arm.settings})
         if arm.kind == "first-order":
-            return TrainingArguments(**{**common, **arm.settings})
+            mixed = {MIXED[self.dtype]: True, "use_cpu": not torch.cuda.is_available()} if self._is_mixed(cell) else {}
+            return TrainingArguments(**{**common, **mixed, **arm.settings})
         return ZOTrainingArguments(**{**common, "zo_trajectory": False})  # evaluates only
 
     def config(self, cell: Cell) -> dict[str, Any]:

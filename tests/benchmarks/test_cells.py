@@ -97,6 +97,21 @@ def test_first_order_sees_the_same_rows_and_counts_three_forward_passes_a_step(s
     assert first["evaluations"][-1]["loss"] != first["evaluations"][0]["loss"]
 
 
+def test_all_weights_of_a_bfloat16_grid_are_trained_in_fp32_by_gradients_and_as_they_are_without(study):
+    grid, folders = study(arms=["first-order", "mezo"], forms=["full", "lora"], dtype="bfloat16", multipliers=[1])
+    dtypes = {}
+    for task, form, arm in grid.groups():
+        cell = grid.tune_cells((task, form, arm))[0]
+        dtypes[arm, form] = (grid.model_arguments(cell, folders.model).dtype, grid.arguments(cell, "unused", 1).bf16)
+    assert dtypes == {
+        ("first-order", "full"): ("float32", True), ("first-order", "lora"): ("bfloat16", False),
+        ("mezo", "full"): ("bfloat16", False), ("mezo", "lora"): ("bfloat16", False),
+    }  # fmt: skip
+    result = run_cell(grid, grid.tune_cells(("sst2", "full", "first-order"))[0], folders)
+    assert result["status"] == "ok"
+    assert result["evaluations"][-1]["loss"] != result["evaluations"][0]["loss"]  # 2e-5 is below bfloat16
+
+
 # Beyond fp32: at less, a loss may end anywhere; and with LoRA the last norm bounds that of first-order training at any rate.
 @pytest.mark.parametrize(("arm", "form"), [("mezo", "lora"), ("first-order", "full")])
 def test_a_run_that_diverges_is_recorded(study, arm, form):
