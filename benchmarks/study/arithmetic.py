@@ -1,11 +1,13 @@
-"""bfloat16 on a processor that does not multiply in it: the same roundings, many times faster than torch's fallback.
+"""bfloat16 on a processor that is faster in fp32: the same roundings, at the speed of fp32.
 
-A processor with bfloat16 products multiplies bfloat16 numbers exactly, adds in fp32 and rounds the sum. Products in fp32 of the
-same numbers, rounded once, give that up to the order of the additions.
+A product of bfloat16 matrices multiplies exactly, adds in fp32 and rounds the sum. Products in fp32 of the same numbers,
+rounded once, give that up to the order of the additions. Processors without bfloat16 products emulate them, many times slower;
+some with them take one and a half times as long as in fp32.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -14,6 +16,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 _PRODUCTS = (nn.functional.linear, nn.functional.scaled_dot_product_attention)
+
+
+def fp32_is_faster() -> bool:
+    """Whether this processor multiplies fp32 matrices faster than bfloat16 ones: measured on a layer of SmolLM2-135M."""
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(5):
+        for dtype, taken in seconds.items():
+            x, weight = torch.ones(1024, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+            begin = time.perf_counter()
+            nn.functional.linear(x, weight)
+            taken.append(time.perf_counter() - begin)
+    return min(seconds[torch.float32]) < min(seconds[torch.bfloat16])
 
 
 class ProductsInFp32(TorchFunctionMode):

@@ -25,12 +25,11 @@ from hardware import environment
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainerCallback, set_seed
 
 from hf_zo import ZOTrainer
-from hf_zo.precision import cpu_multiplies_16_bit
 from hf_zo.tasks import TASKS, GenerateToEvaluate, Task
 from hf_zo.tasks.finetune import trainer_parts
 from hf_zo.trainer import NonFiniteLossError
 
-from .arithmetic import ProductsInFp32
+from .arithmetic import ProductsInFp32, fp32_is_faster
 from .grid import Cell, Cost, Grid, metric_of
 from .progress import Folders, rows_of
 
@@ -64,7 +63,7 @@ class _AtCheckpoints(TrainerCallback):
 def run_cell(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
     """Run a cell in this process and return its result: JSON types only."""
     begin = time.time()
-    emulated = grid.dtype == "bfloat16" and not (torch.cuda.is_available() or cpu_multiplies_16_bit())
+    emulated = grid.dtype == "bfloat16" and not torch.cuda.is_available() and fp32_is_faster()
     with ProductsInFp32() if emulated else nullcontext():
         found = _run(grid, cell, folders)
     found["environment"] = {**environment(), **({"bfloat16": "products in fp32, rounded"} if emulated else {})}

@@ -316,8 +316,8 @@ The budget counts forward passes of a batch: a step of a first-order arm counts 
 calibration and the passes over the training rows that probes need count too, evaluations do not. Seconds are those of
 training, evaluations on the way included; peak memory is that of the whole process. A run has diverged if a loss was not
 finite, or if the last tenth of its losses is above {DIVERGED:g} times the first tenth, or {DIVERGED_AT_ONCE:g} times the
-very first; it counts with the score it ended at. Cells in bfloat16 on a processor that does not multiply in it multiply in
-fp32 and round the result, and say so; their memory and seconds are not those of bfloat16. Arms that train nothing, or what is
+very first; it counts with the score it ended at. Cells in bfloat16 on a processor that is faster in fp32 multiply in it and
+round the result, and say so; their memory and seconds are not those of bfloat16. Arms that train nothing, or what is
 fitted before the first step alone, and ZO-Act, which brings its adapter, stand in the table of every form."""
 
 _CLAIMS = f"""Differences of paired runs, over all tasks, forms and seeds. Reproduced: the difference exceeds what is claimed (0

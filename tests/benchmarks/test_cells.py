@@ -13,7 +13,7 @@ import learning
 import pytest
 import torch
 from benchmarks.made_up import write_rows
-from study.arithmetic import ProductsInFp32
+from study.arithmetic import ProductsInFp32, fp32_is_faster
 from study.cell import divergence, run_cell, with_demonstrations, write_cell
 from study.grid import Cell
 from study.progress import best_multiplier, checked, read_cell, runnable
@@ -36,7 +36,7 @@ def run_here(grid, folders, only="", ran=None):
     assert learning.run_cells(grid, folders, 1, only, runner, PHASES) == []
 
 
-def test_bfloat16_is_multiplied_in_fp32_where_the_processor_cannot(study, monkeypatch):
+def test_bfloat16_is_multiplied_in_fp32_where_that_is_faster(study, monkeypatch):
     torch.manual_seed(0)
     x, w, b = (torch.randn(*shape).bfloat16() for shape in ((5, 64), (32, 64), (32,)))
     with ProductsInFp32():
@@ -46,10 +46,23 @@ def test_bfloat16_is_multiplied_in_fp32_where_the_processor_cannot(study, monkey
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, exact.float().bfloat16())
     assert wide.dtype == torch.float32
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     grid, folders = study(dtype="bfloat16", arms=["mezo"], forms=["lora"])
-    result = run_cell(grid, grid.tune_cells(("sst2", "lora", "mezo"))[0], folders)
-    assert (result["status"], result["environment"]["bfloat16"]) == ("ok", "products in fp32, rounded")
+    cell = grid.tune_cells(("sst2", "lora", "mezo"))[0]
+    told = {}
+    for faster in (True, False):
+        monkeypatch.setattr("study.cell.fp32_is_faster", lambda faster=faster: faster)
+        result = run_cell(grid, cell, folders)
+        assert result["status"] == "ok"
+        told[faster] = result["environment"].get("bfloat16")
+    assert told == {True: "products in fp32, rounded", False: None}
+
+
+def test_the_speed_of_products_is_measured(monkeypatch):
+    ticks = iter([0.0, 2.0, 2.0, 3.0] * 5)  # fp32 takes 2, bfloat16 1
+    monkeypatch.setattr("study.arithmetic.time.perf_counter", lambda: next(ticks))
+    assert not fp32_is_faster()
+    ticks = iter([0.0, 1.0, 1.0, 3.0] * 5)
+    assert fp32_is_faster()
 
 
 def test_a_grid_from_tuning_to_final(study):
