@@ -31,8 +31,8 @@ class Arm:
 
     Attributes:
         label: as in the tables.
-        kind: ``zo`` trains by `ZOTrainer`, ``first-order`` by the transformers Trainer, ``probe`` fits the output layer alone,
-            ``prompt`` trains nothing.
+        kind: ``zo`` trains by `ZOTrainer`, ``first-order`` by the transformers Trainer, ``probe`` fits the output layer (and
+            middle blocks), ``prompt`` trains nothing.
         rates: learning rate by form; the forms that the arm has. 1 where nothing is trained.
         source: where the rates come from.
         settings: fields of `ZOTrainingArguments` (of `TrainingArguments` for a first-order arm). With ``zo_head_samples``, LoRA

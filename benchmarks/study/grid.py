@@ -1,8 +1,8 @@
 """A grid names what is to be run; from it follow the cells, and what each of them costs.
 
-A cell is one run: (phase, task, form, arm, multiplier, seed). Phase ``tune`` tries every multiplier of an arm's learning
-rate with one seed and is scored on development rows; phase ``final`` runs the best multiplier with the other seeds and is
-scored on the validation split.
+A cell is one run: (phase, task, form, arm, multiplier, seed). Phase ``tune`` tries multipliers of an arm's learning rate with
+one seed, from the middle outwards (`progress.tuning`), and is scored on development rows; phase ``final`` runs the best
+multiplier with the other seeds and is scored on the validation split. Arms without a rate have only the latter.
 """
 
 from __future__ import annotations
@@ -135,10 +135,14 @@ class Grid:
     lora_r: int = 8
     lora_alpha: int = 16
 
+    def has_rate(self, arm: str) -> bool:
+        """Whether an arm takes steps, so that a learning rate is chosen for it."""
+        return self.arms[arm].kind not in ("prompt", "probe")
+
     def tune_cells(self, group: tuple[str, str, str]) -> list[Cell]:
-        """One per multiplier; a single one where nothing is trained."""
+        """One per multiplier; a single one where there is no rate to tune."""
         task, form, arm = group
-        multipliers = (1.0,) if self.arms[arm].kind in ("prompt", "probe") else self.multipliers
+        multipliers = self.multipliers if self.has_rate(arm) else (1.0,)
         return [Cell("tune", task, form, arm, m, self.tuning_seed) for m in multipliers]
 
     def final_cells(self, group: tuple[str, str, str], multiplier: float) -> list[Cell]:

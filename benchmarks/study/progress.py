@@ -101,7 +101,7 @@ def tuning(grid: Grid, folders: Folders, group: tuple[str, str, str]) -> tuple[l
 
     The search starts in the middle. A larger rate is tried unless the largest one so far diverged or ended at `TOO_HIGH` times
     the lowest loss, or neither of the two largest is the best; a smaller one, while the smallest so far is the best, and once
-    in any case: where all rates are too large, the best of them is a matter of luck.
+    in any case: where all rates are too large, the best of them is a matter of luck. Nothing is run where there is no rate.
 
     Raises:
         GridError: if a result was made under other conditions than the grid now names.
@@ -109,6 +109,8 @@ def tuning(grid: Grid, folders: Folders, group: tuple[str, str, str]) -> tuple[l
     cells = sorted(grid.tune_cells(group), key=lambda cell: cell.multiplier)
     results = [checked(grid, folders, cell) for cell in cells]
     there = [result for result in results if result is not None]
+    if not grid.has_rate(group[2]):
+        return there, None
     middle = (len(cells) - 1) // 2
     tried = [i for i, result in enumerate(results) if result is not None]
     if not there:
@@ -135,16 +137,20 @@ def _too_large(tuned: Sequence[Mapping[str, Any]]) -> bool:
 def runnable(grid: Grid, folders: Folders, phases: Sequence[str] = ("tune", "final")) -> list[Cell]:
     """Cells without a result that can run now: of each arm the next one to tune it by, or all final ones once it is tuned.
 
+    Without final cells, as in a pilot, arms that have no rate to tune are scored on development rows too.
+
     Raises:
         GridError: if a result was made under other conditions than the grid now names.
     """
     found: list[Cell] = []
     for group in grid.groups():
         tuned, following = tuning(grid, folders, group)
+        if not tuned and "final" not in phases:
+            following = following or grid.tune_cells(group)[0]
         if following is not None and "tune" in phases:
             found.append(following)
         if following is None and "final" in phases:
-            final = grid.final_cells(group, best_multiplier(tuned))
+            final = grid.final_cells(group, best_multiplier(tuned) if tuned else 1.0)
             found += [cell for cell in final if checked(grid, folders, cell) is None]
     return found
 
