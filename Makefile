@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 test: quality
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 --ignore tests/vllm
 
-# A real engine, then the matrix of promises and the Trainer's hooks on the oldest transformers that is supported.
+# A real engine, then the matrix of promises and the Trainer's hooks on the older transformers that vLLM wants.
 test-vllm: $(VENV_VLLM)/.installed
 	$(BIN_VLLM)/python -m pytest tests/vllm --durations 10
 	$(BIN_VLLM)/python -m pytest -n 2 --dist loadfile --durations 10 tests/matrix tests/test_trainer.py

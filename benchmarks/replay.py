@@ -1,6 +1,6 @@
 """What a trajectory costs: bytes per step and per checkpoint, and the time of replaying a run against that of training it.
 
-    python benchmarks/replay.py --model MODEL --steps 1000 --output benchmarks/results/replay.json [--dtype float32]
+    python benchmarks/replay.py --model MODEL --steps 1000 [--dtype float32] [--output FILE]
 
 Trains all weights of the model with MeZO on random batches of 16 sequences of 64 tokens whose last one is labelled, the
 cheapest batches there are, with one checkpoint of each kind at the end, then replays the run into a fresh model, which checks
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "replay.json")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     arguments = parser.parse_args()
 

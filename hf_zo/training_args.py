@@ -38,8 +38,8 @@ RECOMMENDED: dict[str, dict[Trained, tuple[float, float]]] = {
     "zo_act": {"lora": (1e-3, 1e-2)},
 }
 
-# A run that starts at the minimum of its output layer starts near a minimum: of 1, 3, 10 and 30 times 1e-4, the 3 ends
-# with the least development loss on SST-2 (tuning cells of zo-act-probe in benchmarks/results/learning/smollm2/).
+# A run that starts at the minimum of its output layer starts near a minimum: of 3, 10, 30 and 100 times 1e-4, the 3 ends
+# with the least development loss on SST-2 (tuning cells of zo-act-probe in benchmarks/results/learning/encoder/).
 AFTER_HEAD = {"zo_act": 0.3}
 
 AUTO_HEAD_SAMPLES = 1000  # hidden states of a training row are a few kilobytes, the fit takes seconds
@@ -85,7 +85,8 @@ class ZOTrainingArguments(TrainingArguments):
             Rank of factorised directions; 16 to 64 is usual. Clipped to a tensor's smaller dimension.
         zo_head_samples (`int`, defaults to 0):
             Training rows that the output layer is fitted to before the first step, from one forward pass over them; 0 for
-            none. For classifiers, and for language models that choose among options of one token, see `hf_zo.head`.
+            none. For classifiers, and for language models that choose among options that differ in their last token alone, see
+            `hf_zo.head`.
         zo_fit_depth (`bool`, defaults to `False`):
             After the output layer, fit one direction in every second block from a third to three quarters of the depth: for C
             options as many forward passes over the `zo_head_samples` rows for each of these blocks, see `hf_zo.depth`. With

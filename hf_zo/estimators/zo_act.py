@@ -27,4 +27,4 @@ class ZOAct(MeZO):
     perturbs = "B of an adapter W0 + B V^T, V from activations"
     cost = "2n (n=1), after a calibration of 3 passes over 64 sequences"
     memory = "A and B of the adapter, Adam's two moments of B"
-    use = "the default for decoder models with adapters, also on a quantised base"
+    use = "adapters, also on a quantised base; not for models without linear layers"
