@@ -91,7 +91,13 @@ CLAIMS = (
         "mezo",
         reason="1.5 forward passes a direction instead of 2; else a smooth clip",
     ),
-    Claim("Learning the noise helps BSZO", "arXiv 2601.01452", "bszo", "bszo-fixed-noise"),
+    Claim(
+        "Learning the noise helps BSZO",
+        "arXiv 2601.01452",
+        "bszo",
+        "bszo-fixed-noise",
+        reason="learnt, it shrinks projected gradients that exceed the prior: a smooth clip",
+    ),
     Claim(
         "ZO-Act is better than MeZO",
         "arXiv 2607.01125",
