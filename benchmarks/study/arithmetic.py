@@ -2,7 +2,7 @@
 
 A product of bfloat16 matrices multiplies exactly, adds in fp32 and rounds the sum. Products in fp32 of the same numbers,
 rounded once, give that up to the order of the additions. Processors without bfloat16 products emulate them, many times slower;
-some with them take one and a half times as long as in fp32.
+some with them take longer than in fp32.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class Grid:
         schedule: of the learning rate.
         max_length: most tokens of a row.
         dtype: of the weights; not "auto", which depends on the machine: cells of a grid are compared. Where a first-order arm
-            trains them all they stay in fp32 and are multiplied in it (mixed precision): AdamW's updates are below 16 bits.
+            trains them all they are kept in fp32 and multiplied in 16 bits, which do not resolve AdamW's updates.
         lora_r, lora_alpha: of the LoRA forms.
     """
 
