@@ -120,7 +120,7 @@ def overview(grid: Grid, folders: Folders, only: str = "") -> Table:
     for group in grid.groups():
         tuned, following = tuning(grid, folders, group)
         # Which multiplier will be final does not change the number of cells.
-        final = grid.final_cells(group, best_multiplier(tuned) if tuned else 1.0)
+        final = grid.final_cells(group, best_multiplier(tuned))
         if not any(re.search(only, cell.name) for cell in (*grid.tune_cells(group), *final)):
             continue
         ahead = [] if following is None else [following]

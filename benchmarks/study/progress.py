@@ -86,8 +86,11 @@ def score_of(result: Mapping[str, Any]) -> float:
 def best_multiplier(tuned: Sequence[Mapping[str, Any]]) -> float:
     """The multiplier with the lowest development loss among those whose score is within a standard error of the best.
 
-    The standard error is that of a share near a half. Runs that diverged do not count; where all did it is the smallest.
+    The standard error is that of a share near a half. Runs that diverged do not count; where all did it is the smallest. An
+    arm that has nothing to tune has the multiplier 1.
     """
+    if not tuned:
+        return 1.0
     fine = [result for result in tuned if result["status"] == "ok"]
     if not fine:
         return min(float(result["config"]["multiplier"]) for result in tuned)
@@ -150,7 +153,7 @@ def runnable(grid: Grid, folders: Folders, phases: Sequence[str] = ("tune", "fin
         if following is not None and "tune" in phases:
             found.append(following)
         if following is None and "final" in phases:
-            final = grid.final_cells(group, best_multiplier(tuned) if tuned else 1.0)
+            final = grid.final_cells(group, best_multiplier(tuned))
             found += [cell for cell in final if checked(grid, folders, cell) is None]
     return found
 
