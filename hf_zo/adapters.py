@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 SUPPORTED = "torch.nn.Linear (also bitsandbytes 4-bit and 8-bit, torchao) and transformers' Conv1D"
 _OVERSAMPLING = 8
 _SWEEPS = 3  # the sketch and two power iterations
+_HEAD_RANK = 8  # tells nine options apart
 
 
 def activation_adapter(
@@ -69,7 +70,8 @@ def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-
     """The model with a LoRA adapter of rank ``rank`` whose A is frozen and whose B is zero; not calibrated yet.
 
     A layer that is narrower than ``rank`` gets the rank it can have, with a warning. With ``with_head`` a language model's
-    output layer gets an adapter too, both factors frozen, for `hf_zo.head`.
+    output layer gets an adapter too, of rank 8 at least, both factors frozen, for `hf_zo.head`. A classifier's new head is
+    trained as a whole.
 
     Raises:
         ValueError: if ``rank`` is below 1, or ``targets`` contains nothing that is supported, or something that is not.
@@ -81,14 +83,17 @@ def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-
     for name, width in narrow.items():
         logger.warning("zo_act_rank=%d exceeds a dimension of %s and is %d there.", rank, name, width)
     head = head_name(model) if with_head else None
+    ranks = dict(narrow) if head is None else {**narrow, head: max(rank, _HEAD_RANK)}
+    task_type = _task_type(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=[*chosen, *([] if head is None else [head])],
-        rank_pattern=dict(narrow),
-        alpha_pattern=dict(narrow),
+        rank_pattern=ranks,
+        alpha_pattern=dict(ranks),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
-        task_type=_task_type(model),
+        modules_to_save=list(new_heads(model)) if task_type is None else None,  # else PEFT knows them
+        task_type=task_type,
     )
     adapted = get_peft_model(model, config)
     freeze_basis(adapted)
@@ -96,16 +101,20 @@ def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-
 
 
 def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    head = _head(model)
-    # PEFT trains the fresh head of a classifier itself, as a whole.
-    new_heads = ("classifier", "score") if _task_type(model) == "SEQ_CLS" else ()
+    head, heads = _head(model), tuple(new_heads(model))
     found: dict[str, nn.Module] = {}
     foreign: set[str] = set()
     if targets == "one-block":
         targets = [_written_by_block(model)]
+    elif targets != "all-linear":
+        targets = [t.strip() for t in _as_list(targets)]
+        names = [name for name, _ in model.named_modules()]
+        if missing := [t for t in targets if not any(_is_called(name, t) for name in names)]:
+            raise ValueError(f"zo_act_targets names {', '.join(missing)}, which this model does not have.")
     for name, module in model.named_modules():
-        wanted = targets == "all-linear" or any(name == t or name.endswith(f".{t}") for t in _as_list(targets))
-        if not wanted or module is head or name in new_heads:
+        wanted = targets == "all-linear" or any(_is_called(name, t) for t in targets)
+        # PEFT trains a new head as a whole, and what else has a name that ends like it.
+        if not wanted or module is head or (heads and (name.endswith(heads) or name.split(".")[0] in heads)):
             continue
         if isinstance(module, nn.Linear | Conv1D):
             found[name] = module
@@ -119,6 +128,18 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
             f"model: {', '.join(sorted(foreign)) or 'none'}."
         )
     return found
+
+
+def _is_called(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def new_heads(model: nn.Module) -> dict[str, nn.Module]:
+    """Heads of a classifier, by name: modules that pre-training has not seen. A language model has none."""
+    if _head(model) is not None:
+        return {}
+    named = {name: getattr(model, name, None) for name in ("classifier", "score")}
+    return {name: module for name, module in named.items() if isinstance(module, nn.Module)}
 
 
 def _written_by_block(model: nn.Module) -> str:
@@ -190,8 +211,9 @@ def adapted_head(model: nn.Module) -> LoraLayer | None:
 
 
 def adapted_layers(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:
-    """Names and layers that carry an adapter."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    """Names and layers that carry the active adapter."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    return [(name, layer) for name, layer in layers if layer.active_adapters[0] in layer.lora_A]
 
 
 def basis_of(layer: LoraLayer) -> torch.Tensor:
@@ -377,6 +399,7 @@ def _watching(model: nn.Module, finders: dict[str, _RangeFinder], seed: int) -> 
     chosen: torch.Tensor | None = None
     last: tuple[torch.Tensor, str] | None = None
     handles = []
+    rank = max((len(basis_of(layer)) for _, layer in adapted_layers(model)), default=0)  # layers that share may want less
 
     def select(tokens: torch.Tensor | None) -> None:
         nonlocal chosen, last
@@ -396,7 +419,7 @@ def _watching(model: nn.Module, finders: dict[str, _RangeFinder], seed: int) -> 
             a = basis_of(layer)
             if name not in finders:
                 key = noise.stream_key(seed, 0, 0, "basis", name)
-                finders[name] = _RangeFinder(key, a.shape[1], len(a), x.device)
+                finders[name] = _RangeFinder(key, a.shape[1], rank, x.device)
             rows = x.reshape(-1, x.shape[-1])
             if chosen is not None and chosen.shape == x.shape[:-1]:
                 rows = rows[chosen.reshape(-1).to(x.device)]

@@ -200,7 +200,10 @@ class TrajectoryCheckpoints(_Base):
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The checkpoint with the highest step whose ``trainer_state.json``, written last, can be read."""
-    for folder in sorted(Path(output_dir).glob("checkpoint-*"), key=lambda f: -int(f.name.split("-")[-1])):
+    folders = {
+        int(f.name.removeprefix("checkpoint-")): f for f in Path(output_dir).glob("checkpoint-*") if f.name[11:].isdecimal()
+    }
+    for _, folder in sorted(folders.items(), reverse=True):
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text())
         except (OSError, ValueError):

@@ -217,6 +217,8 @@ def _read(
     finally:
         for handle in handles:
             handle.remove()
+    if any(len(parts) != len(batches) for parts in seen.values()):
+        raise DepthError("zo_fit_depth=True fits layers that are called once in a forward pass, and here blocks share theirs.")
     return plain, {name: torch.cat(parts) for name, parts in seen.items()}
 
 

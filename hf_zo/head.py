@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .adapters import adapted_head, base_of, factors_of, head_name
+from .adapters import adapted_head, base_of, factors_of, head_name, new_heads
 from .tasks.scoring import OptionCollator, OptionLabels
 
 logger = logging.getLogger(__name__)
@@ -84,10 +85,14 @@ def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Log
         logits: see `Logits`; called once per batch, without gradients.
 
     Raises:
-        ValueError: if there is no such layer, or the labels are of another kind.
+        ValueError: if there is no such layer, the labels are of another kind, or all the same, or too few.
     """
     layer = output_layer(model)
     seen = read(layer, batches, logits)
+    if len(seen.target.unique()) < 2:
+        raise ValueError(
+            f"zo_head_samples: the {len(seen.target)} training rows are all of one class. Shuffle the data, or set it to 0."
+        )
     fresh = seen.tokens is None  # a new layer's scores are noise
     offset = torch.zeros_like(seen.scores) if fresh else seen.scores
     weights, facts, left_out = fitted(seen.hidden, offset, seen.target, bias=fresh and getattr(layer, "bias", None) is not None)
@@ -115,16 +120,24 @@ def fittable(model: nn.Module, collator: Any, rows: Iterable[Any]) -> int:
     if isinstance(collator, OptionCollator):
         has_place = is_language_model and (not isinstance(model, PeftModel) or adapted_head(model) is not None)
         prompts = list(rows) if has_place else []
-        common = _common_options(collator(prompts)["labels"]) if prompts else None
-        return 0 if common is None else len(common.tokens)
+        if len(prompts) < FOLDS:
+            return 0
+        labels = collator(prompts)["labels"]
+        common = _common_options(labels)
+        return 0 if common is None or len(labels["target"].unique()) < 2 else len(common.tokens)
     trained = [] if is_language_model else _trained_heads(model)
-    return trained[-1].out_features if trained and all(_is_class(row) for row in rows) else 0
+    classes = [_class_of(row) for row in rows] if trained else []
+    suffice = len(classes) >= FOLDS and None not in classes and len(set(classes)) > 1
+    return trained[-1].out_features if suffice else 0
 
 
-def _is_class(row: Any) -> bool:
-    """Whether the label of a training row is a class."""
+def _class_of(row: Any) -> int | None:
+    """The label of a training row, None if it is no class."""
     label = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
-    return isinstance(label, int) or (isinstance(label, torch.Tensor) and label.dtype == torch.long and not label.ndim)
+    is_class = isinstance(label, int | np.integer) or (
+        isinstance(label, torch.Tensor) and label.dtype == torch.long and not label.ndim
+    )
+    return int(label) if is_class else None  # type: ignore[arg-type]
 
 
 def output_layer(model: nn.Module) -> nn.Module:
@@ -151,7 +164,8 @@ def output_layer(model: nn.Module) -> nn.Module:
 
 def _trained_heads(base: nn.Module) -> list[nn.Linear]:
     """Trainable linear layers of a classifier's head."""
-    modules = [m for name in ("classifier", "score") for m in getattr(base, name, nn.Module()).modules()]
+    heads = [head for head in new_heads(base).values() if not isinstance(head, LoraLayer)]
+    modules = [m for head in heads for m in head.modules()]
     return [m for m in modules if isinstance(m, nn.Linear) and m.weight.requires_grad and m.out_features > 1]
 
 
@@ -277,7 +291,8 @@ def cross_validated(
     Returns:
         The parameters, and ``facts`` and ``left_out`` of `HeadFit`.
     """
-    fold = torch.arange(len(target)) % FOLDS
+    fold = torch.empty_like(target)
+    fold[target.argsort(stable=True)] = torch.arange(len(target)) % FOLDS  # every class dealt out in turn
     losses, left_out = torch.zeros(len(RIDGES), dtype=torch.float64), []
     for k in range(FOLDS):
         out, w = fold == k, start
@@ -332,6 +347,9 @@ def _write_options(layer: nn.Module, weights: torch.Tensor, tokens: torch.Tensor
     a, b = factors_of(layer)
     left, size, right = torch.linalg.svd(weights.to(a.device), full_matrices=False)
     rank = min(len(a), len(tokens))
+    if size[rank:].norm() > 1e-6 * size.norm():
+        kept = 100 * float(size[:rank].square().sum() / size.square().sum())
+        logger.warning("The output layer's adapter has rank %d and keeps %.0f %% of the fit; give it a higher one.", rank, kept)
     # The other rows of A stay orthonormal to these, as ZO-Act wants them, and B does not read them.
     basis = torch.linalg.qr(torch.cat([right[:rank], a.to(right)]).T).Q[:, : len(a)].T
     basis[:rank] = right[:rank]

@@ -41,7 +41,8 @@ KEPT = "zo_kept_positions"
 """Key under which a rewritten batch carries the flat positions whose logits are wanted."""
 
 EXAMPLES = "zo_examples"
-"""Key under which a batch carries the numbers of its examples: by row as it came, by row and column once it is packed."""
+"""Key under which a batch carries the numbers of its examples: by row as it came, by row and column once it is packed, where
+padding has -1."""
 
 _KEYS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels", EXAMPLES}  # of a batch to be rewritten
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a loss, relative; 16-bit arithmetic differs by more
@@ -179,6 +180,8 @@ class Packing:
 
     def runs(self, tokens: int) -> list[tuple[int, int, int]]:
         """Stretches ``(begin, end, example)`` of the batch that is being read, of whose tokens a layer sees so many, flattened.
+
+        The padding of a packed batch is of example -1.
 
         Raises:
             ValueError: if the layer does not see the tokens of the batch, or one of every row.
@@ -323,6 +326,8 @@ class Packing:
             families = self._families(inputs, forked)
             if max(map(len, families)) > self._window:  # the mask knows no sliding window
                 return dict(inputs)
+            if not _counts_from_zero(inputs):  # a collator has put sequences end to end itself
+                return dict(inputs)
             batch, places = self._laid_out(families, ids.device, rows, inputs.get(EXAMPLES))
             if any(place not in places for place in wanted):
                 return dict(inputs)
@@ -382,7 +387,7 @@ class Packing:
         layout = _assigned([len(f) for f in families], rows) if rows else self._cheapest([len(f) for f in families])
         width = max(sum(len(families[i]) for i in row) for row in layout)
         ids, positions, places = [], [], {}
-        owners: list[list[int]] = []  # the row of the old batch that every token came from; padding follows what is before it
+        owners: list[list[int]] = []  # the row of the old batch that every token came from, -1 for padding
         lineage: list[list[tuple[int, int]]] = []  # (family, branch; 0 is the trunk) of every token, padding is alone
         for number, row in enumerate(layout):
             row_ids: list[int] = []
@@ -403,7 +408,7 @@ class Packing:
                     row_lineage += [(i, b + 1)] * len(branch)
             surplus = width - len(row_ids)
             ids.append(row_ids + [row_ids[0]] * surplus)
-            owners.append(row_owners + [row_owners[-1]] * surplus)
+            owners.append(row_owners + [-1] * surplus)
             positions.append(row_positions + [0] * surplus)  # every padding token a sequence of its own
             lineage.append(row_lineage + [(-1 - j, 0) for j in range(surplus)])
         batch: dict[str, Any] = {
@@ -413,7 +418,8 @@ class Packing:
         }
         seen = _block_mask(torch.tensor(lineage, device=device))
         if examples is not None:
-            batch[EXAMPLES] = examples[torch.tensor(owners, device=device)]
+            owner = torch.tensor(owners, device=device)
+            batch[EXAMPLES] = examples[owner.clamp(min=0)].where(owner >= 0, -1)
         batch["attention_mask"] = (~seen * torch.finfo(self._dtype).min).to(self._dtype) if self._additive_mask else seen
         return batch, places
 
@@ -472,6 +478,15 @@ def _rows_of_examples(labels: OptionLabels, groups: list[list[int]]) -> list[lis
     grouped = [sorted({row for row, _, _, option in record if option >= 0}) for record in labels["scored"].tolist()]
     told = {row for rows in grouped for row in rows}
     return [rows for rows in grouped if rows] + [group for group in groups if group[0] not in told]
+
+
+def _counts_from_zero(inputs: Mapping[str, Any]) -> bool:
+    """Whether the position ids of every row, if there are any, say that it is one sequence."""
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if positions is None:
+        return True
+    real = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+    return bool(((positions == real.cumsum(-1) - 1) | (real == 0)).all())
 
 
 def numbered(inputs: dict[str, Any], first: int) -> dict[str, Any]:

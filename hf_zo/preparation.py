@@ -11,10 +11,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from .adapters import (
     adapted_head,
@@ -39,31 +41,37 @@ from .training_args import AUTO_DEPTH_OPTIONS, AUTO_HEAD_SAMPLES, ZOTrainingArgu
 
 logger = logging.getLogger(__name__)
 
+_ROWS_KEY = 5029  # of the draw of training rows, the same in every run and on every process
+
 
 class Preparation(EngineRuns):
     """What `ZOTrainerMixin` does before the first step."""
 
     _packing: Packing
     _calibrated = False
+    _brings_fit = False  # an adapter that was passed has been trained already
     _chose_depth = False  # zo_method="auto" did, where nobody had asked for zo_fit_depth
     _given: tuple[Any, Any] = (None, None)  # data collator and training rows, before the Trainer has them
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The Trainer's, with ZO-Act's adapter where that is the method."""
         model = super().call_model_init(*args, **kwargs)
-        return self._with_basis_adapter(model, self.args) if self.args.zo_method == "zo_act" else model
+        if self.args.zo_method == "zo_act":
+            model = self._with_basis_adapter(model, self.args)
+        self._brings_fit = self._is_trained(model)
+        return model
 
     def _with_basis_adapter(self, model: nn.Module, args: ZOTrainingArguments) -> nn.Module:
         """Before the Trainer sees the model: a quantised one is refused without an adapter."""
         if args.zo_auto:
             collator, data = self._given
             possible = args.zo_runtime == "torch" and data is not None
-            options = fittable(model, collator, spread(data, AUTO_HEAD_SAMPLES)) if possible else 0
+            options = fittable(model, collator, drawn(data, AUTO_HEAD_SAMPLES)) if possible else 0
             if args.zo_fit_depth and not options:
                 raise ValueError(
                     "zo_fit_depth=True goes on from a fit of the output layer, which zo_method='auto' cannot make here: that "
-                    "takes a classifier, or prompts whose options differ in their last token alone, and "
-                    "zo_runtime='torch'. Unset it."
+                    "takes a classifier, or prompts whose options differ in their last token alone, rows of several of "
+                    "them, and zo_runtime='torch'. Unset it."
                 )
             args.zo_head_samples = AUTO_HEAD_SAMPLES if options else 0
             if not args.zo_fit_depth:
@@ -88,6 +96,13 @@ class Preparation(EngineRuns):
         """Refuse ``zo_head_samples`` where there is no output layer to fit, and leave what is fitted out of the training."""
         output_layer(model)
         freeze_head(model)
+        self._brings_fit = self._is_trained(model)
+
+    def _is_trained(self, model: nn.Module) -> bool:
+        """Whether what would be fitted has been trained before: the output layer's adapter, or that of ZO-Act."""
+        head = adapted_head(model)
+        layers = [layer for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
+        return any(bool(factors_of(layer)[1].any()) for layer in [*layers, *([] if head is None else [head])])
 
     def _prepare_start(self, model: nn.Module) -> int:
         """Calibrate and fit, unless resuming has loaded the weights; returns the forward passes that took."""
@@ -113,8 +128,8 @@ class Preparation(EngineRuns):
             draw_basis(self.model, int(self.args.zo_seed or 0))
             self._calibrated = True
             return
-        batches = self.training_batches(self.args.zo_act_samples)
         with evaluation_mode(self.model), Randomness(self.model.parameters()):
+            batches = self.training_batches(self.args.zo_act_samples)
             captured = calibrate(
                 self.model,
                 batches,
@@ -134,15 +149,23 @@ class Preparation(EngineRuns):
 
     def _fit_head(self) -> None:
         """Fit the output layer to training rows, the same on every process, and leave all random states alone."""
+        if self._brings_fit:
+            logger.info("The adapter that was passed is trained already: the output layer is not fitted again.")
+            return
         head = adapted_head(self.model)
-        if head is not None and factors_of(head)[1].any():
-            return  # an adapter that was passed brings its own
         with evaluation_mode(self.model), Randomness(self.model.parameters()), torch.no_grad():
+            if head is not None:
+                factors_of(head)[1].zero_()  # of a fit that was interrupted
             batches = self.training_batches(self.args.zo_head_samples)
             if self.args.zo_fit_depth:
-                batches = [numbered(batch, 0) for batch in batches]
+                batches = [numbered(batch, 0) if "input_ids" in batch else batch for batch in batches]
             batches = [self._prepare_inputs(batch) for batch in batches]
-            found = fit_head(self.model, batches, self._logits)
+            try:
+                found = fit_head(self.model, batches, self._logits)
+            except ValueError as error:
+                if not self.args.zo_auto:
+                    raise
+                raise ValueError(f"zo_method='auto' cannot fit the output layer: set zo_method='zo_act'. {error}") from error
             logger.info("The output layer: %s", _told(found.facts))
             if self.args.zo_fit_depth:
                 try:
@@ -154,7 +177,13 @@ class Preparation(EngineRuns):
                     logger.warning("zo_method='auto' leaves the middle blocks as they are. %s", error)
 
     def _fit_depth(self, batches: list[dict[str, Any]], found: HeadFit) -> dict[str, float]:
-        """Continue the fit in the middle blocks."""
+        """Continue the fit in the middle blocks.
+
+        Raises:
+            DepthError: see `hf_zo.depth.fit_depth`; also for batches of something else than tokens.
+        """
+        if "input_ids" not in batches[0]:
+            raise DepthError(f"zo_fit_depth=True moves tokens, and a batch holds {', '.join(batches[0])}. Unset it.")
         mask: torch.Tensor | None = None
         options = found.left_out.shape[1]
 
@@ -177,25 +206,32 @@ class Preparation(EngineRuns):
         """``wanted`` training rows, collated and on the device, in batches of the training's size."""
         rows = self._training_rows(wanted)
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        size, place = self.args.per_device_train_batch_size, super()._prepare_inputs
+        size, place = self._train_batch_size, super()._prepare_inputs
         return [place(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
 
     def plain_forward(self, inputs: Mapping[str, Any]) -> None:
-        """One forward pass as training makes it, under the weights as they stand."""
+        """One forward pass as training makes it, under the weights as they stand and by the model's own layers."""
         with self.compute_loss_context_manager():
-            super().compute_loss(self.model, dict(inputs))
+            if self._objective_fn is not None:
+                self._objective_fn(self.model, inputs)
+            elif self._engine is not None:
+                super().compute_loss(self.model, dict(inputs))
+            else:
+                self.compute_loss(self.model, dict(inputs))
 
     def _logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """What the model makes of a prepared batch."""
         with self.compute_loss_context_manager():
             outputs: Any = self.compute_loss(self.model, dict(inputs), return_outputs=True)[1]
-        return outputs["logits"]
+        return (
+            outputs["logits"] if isinstance(outputs, Mapping) else outputs if isinstance(outputs, torch.Tensor) else outputs[1]
+        )
 
     def _training_rows(self, wanted: int) -> list[Any]:
-        """``wanted`` training rows, see `spread`."""
+        """``wanted`` training rows, see `drawn`."""
         if self.train_dataset is None:
             raise ValueError("The trainer needs a train_dataset: ZO-Act's basis and zo_head_samples start from training rows.")
-        return list(spread(self.train_dataset, wanted))
+        return list(drawn(self.train_dataset, wanted))
 
     def _agree_on_weights(self, model: nn.Module) -> None:
         """Start from rank 0's weights everywhere; from then on equal losses keep the ranks equal."""
@@ -213,9 +249,12 @@ def _told(facts: Mapping[str, float]) -> str:
     return f"fitted to {facts['rows']:g} rows with ridge {facts['ridge']:g}, loss of left-out rows from {change}."
 
 
-def spread(data: Any, wanted: int) -> Iterator[Any]:
-    """``wanted`` rows of a data set, read as they are asked for: evenly spread where it has a length, else the first."""
-    if not hasattr(data, "__len__"):
+def drawn(data: Any, wanted: int) -> Iterator[Any]:
+    """``wanted`` rows of a data set, read as they are asked for: drawn at random, the first ones of a stream.
+
+    Any regular choice would meet data in which classes alternate, and see one of them.
+    """
+    if isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         return itertools.islice(iter(data), wanted)
-    count = min(wanted, len(data))
-    return (data[i * len(data) // count] for i in range(count))
+    order = np.random.default_rng(_ROWS_KEY).permutation(len(data))[:wanted]
+    return (data[int(i)] for i in order)

@@ -11,6 +11,7 @@ Read in this order: this file, ``estimators/mezo.py``, ``runtimes/torch.py``, ``
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import logging
@@ -82,6 +83,7 @@ class ZOTrainerMixin(Preparation):
                 f"args is a {type(args).__name__}; {type(self).__name__} needs ZOTrainingArguments or a dataclass that "
                 "derives from it, such as `class MyConfig(ZOTrainingArguments, SFTConfig)`."
             )
+        args = copy.copy(args)  # what is left unset is set below, for this model
         if objective_fn is not None and args.zo_objective != "loss":
             raise ValueError(f"objective_fn and zo_objective={args.zo_objective!r} exclude each other; give one of them.")
         if objective_fn is not None and args.zo_per_example:

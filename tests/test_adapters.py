@@ -11,10 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from support import VOCABULARY, Sentences, collate, digest, model_of, tiny_llama, trained_of, trainer_of
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from hf_zo import ZOTrainer
 from hf_zo.adapters import activation_adapter, adapted_layers, attach, basis_of, calibrate
@@ -298,7 +305,7 @@ def test_targets_that_are_not_supported() -> None:
         attach(convolution)
     with pytest.raises(ValueError, match=r"names Embedding; supported are torch.nn.Linear"):
         attach(tiny_llama(), 4, ["embed_tokens"])
-    with pytest.raises(ValueError, match=r"'nothing'.*matches no linear layer"):
+    with pytest.raises(ValueError, match="names nothing, which this model does not have"):
         attach(tiny_llama(), 4, ["nothing"])
     with pytest.raises(ValueError, match="zo_act_rank"):
         attach(tiny_llama(), 0)
@@ -380,3 +387,51 @@ def same_data(a: torch.Tensor, b: torch.Tensor) -> bool:
     if hasattr(a, "qdata"):
         return torch.equal(a.qdata, b.qdata) and torch.equal(a.scale, b.scale)
     return torch.equal(a, b)
+
+
+def test_targets_that_do_not_exist_are_named() -> None:
+    with pytest.raises(ValueError, match="zo_act_targets names nowhere, which this model does not have"):
+        attach(tiny_llama(), 4, ["q_proj", "nowhere"])
+    assert len(list(adapted_layers(attach(tiny_llama(), 4, ["q_proj", " v_proj"])))) == 4
+
+
+def test_what_is_called_like_a_new_head_is_trained_as_a_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=VOCABULARY, dim=16, hidden_dim=32, n_layers=2, n_heads=2, num_labels=2)
+    adapted = attach(DistilBertForSequenceClassification(config))
+    names = [name for name, _ in adapted_layers(adapted)]
+    assert len(names) == 12  # six linear layers in each of two blocks
+    assert not any("classifier" in name for name in names)
+    assert any("classifier" in name for name in trained_of(adapted))
+
+
+def test_a_wide_layer_gets_its_rank_after_a_narrow_one_with_the_same_input() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow, self.wide = nn.Linear(24, 1), nn.Linear(24, 24)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.narrow(input_ids) + self.wide(input_ids)
+
+    adapted = activation_adapter(
+        Two(), [{"input_ids": torch.randn(40, 24, generator=torch.Generator().manual_seed(0))}], rank=16
+    )
+    assert [len(basis_of(layer)) for _, layer in adapted_layers(adapted)] == [1, 16]
+
+
+def test_an_objective_of_ones_own_calibrates(tmp_path: Path) -> None:
+    def objective(model: nn.Module, inputs: Any) -> torch.Tensor:
+        return model(input_ids=inputs["input_ids"]).logits.square().mean()
+
+    run = trainer_of(tmp_path, "zo_act", trainer_kwargs={"objective_fn": objective})
+    rows = [{"input_ids": row["input_ids"][:5]} for row in (Sentences()[i] for i in range(16)) if len(row["input_ids"]) >= 5]
+    run.train_dataset, run.data_collator = rows, lambda batch: {"input_ids": torch.stack([r["input_ids"] for r in batch])}
+    run.train()
+
+
+def test_an_adapter_beside_the_active_one_is_left_alone() -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="one")
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["v_proj"]))
+    model.set_adapter("two")
+    assert [name.split(".")[-1] for name, _ in adapted_layers(model)] == ["v_proj", "v_proj"]

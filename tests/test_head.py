@@ -13,8 +13,17 @@ from safetensors.torch import load_file
 from support import VOCABULARY, Sentences, assert_same_weights, collate, tiny_llama, trained_of, trainer_of, weights_of
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from torch.utils.data import Dataset, IterableDataset
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_zo import Trajectory, ZOTrainer, ZOTrainingArguments, replay
 from hf_zo.adapters import attach, factors_of
@@ -161,7 +170,7 @@ def test_the_adapter_adds_the_fit_to_the_options_and_nothing_to_other_tokens() -
     weights, _, _ = fitted(torch.cat(hidden), torch.cat(offset), torch.cat(target))
     torch.testing.assert_close(torch.cat(wrote), torch.cat(hidden) @ weights.T.float(), atol=1e-5, rtol=1e-4)
     a = factors_of(output_layer(model))[0]
-    torch.testing.assert_close(a @ a.T, torch.eye(4), atol=1e-5, rtol=0)  # as ZO-Act wants its bases
+    torch.testing.assert_close(a @ a.T, torch.eye(len(a)), atol=1e-5, rtol=0)  # as ZO-Act wants its bases
 
 
 def test_options_of_two_tokens_get_the_fit_that_their_mean_log_probability_needs() -> None:
@@ -502,3 +511,128 @@ def test_auto_keeps_what_is_asked_for(tmp_path: Path) -> None:
         learning_rate=2e-4,
     )
     assert (run.args.zo_head_samples, run.args.learning_rate) == (8, 2e-4)
+
+
+class InTurn(Dataset):
+    """Rows of a classifier in which the classes come in turn, told by their second token."""
+
+    def __init__(self, rows: int, classes: int) -> None:
+        self.rows, self.classes = rows, classes
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        ids = torch.tensor([1, 2 + i % self.classes, 20 + i % 7])
+        return {"input_ids": ids, "attention_mask": torch.ones(3, dtype=torch.long), "labels": i % self.classes}
+
+
+def of_classes(folder: Path, data: Any, classes: int, **more: Any) -> ZOTrainer:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=classes, initializer_range=0.3))
+    return automatic(folder, data, None, model, per_device_train_batch_size=8, learning_rate=0.0, **more)
+
+
+def test_rows_of_which_every_second_is_of_one_class_are_fitted_to_both(tmp_path: Path) -> None:
+    run = of_classes(tmp_path, InTurn(2000, 2), 2)
+    run.train()
+    run.eval_dataset = InTurn(40, 2)
+    assert run.evaluate()["eval_loss"] < 0.3
+
+
+def test_every_fold_holds_every_class() -> None:
+    target = torch.arange(50) % 5
+    hidden = nn.functional.one_hot(target, 5).double() + 0.1 * torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
+    _, facts, _ = fitted(hidden, torch.zeros(50, 5), target)
+    assert facts["loss_after"] < 0.3
+
+
+def test_rows_of_one_class_are_named(tmp_path: Path) -> None:
+    run = of_classes(tmp_path, InTurn(20, 1), 2, zo_head_samples=20)
+    with pytest.raises(ValueError, match="the 20 training rows are all of one class"):
+        run.train()
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(4, 2), (20, 1)], ids=["too few", "of one class"])
+def test_auto_is_zo_act_alone_on_rows_that_tell_nothing(rows: int, classes: int, tmp_path: Path) -> None:
+    run = of_classes(tmp_path, InTurn(rows, classes), 2)
+    assert (run.args.zo_head_samples, run.args.zo_fit_depth) == (0, False)
+    run.train()
+
+
+def test_a_stream_that_knows_its_length_gives_its_first_rows(tmp_path: Path) -> None:
+    class Stream(IterableDataset):
+        def __len__(self) -> int:
+            return 40
+
+        def __iter__(self) -> Any:
+            return iter(InTurn(40, 2)[i] for i in range(40))
+
+    run = of_classes(tmp_path, Stream(), 2)
+    assert run.args.zo_head_samples == 1000
+    run.train()
+
+
+def test_an_adapter_that_was_trained_is_not_fitted_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = of_classes(tmp_path, InTurn(40, 2), 2)
+    first.args.learning_rate = 1e-3
+    first.train()
+    before = weights_of(first.model)
+    again = automatic(tmp_path, InTurn(40, 2), None, first.model, per_device_train_batch_size=8, learning_rate=0.0)
+    caplog.set_level("INFO")
+    again.train()
+    assert "is trained already" in caplog.text
+    assert_same_weights(weights_of(again.model), before)
+
+
+def test_a_fit_that_was_interrupted_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = automatic(tmp_path, Encoded(), OptionCollator(Pad()), remove_unused_columns=False)  # type: ignore[arg-type]
+    whole.train()
+    broken = automatic(tmp_path, Encoded(), OptionCollator(Pad()), remove_unused_columns=False)  # type: ignore[arg-type]
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, "_fit_depth", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            broken.train()
+    broken.train()
+    assert_same_weights(trained_of(broken.model), trained_of(whole.model))
+    changes = [b @ a for a, b in (factors_of(output_layer(run.model)) for run in (broken, whole))]  # type: ignore[arg-type]
+    torch.testing.assert_close(*changes, atol=1e-6, rtol=0)
+
+
+def test_an_adapter_of_too_low_a_rank_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), config)
+    with torch.no_grad():
+        fit_head(model, batches(), lambda batch: model(**{k: v for k, v in batch.items() if k != "labels"}).logits)
+    assert "rank 1 and keeps" in caplog.text
+
+
+def test_the_output_layer_has_a_rank_of_its_own() -> None:
+    model = attach(tiny_llama(), rank=1, with_head=True)
+    assert len(factors_of(output_layer(model))[0]) == 8  # type: ignore[arg-type]
+
+
+def test_an_image_classifier_is_fitted_without_the_middle_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3, initializer_range=0.3))
+    pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    rows = [{"pixel_values": pixels[i % 3], "labels": i % 3} for i in range(30)]
+    run = automatic(tmp_path, rows, None, model, per_device_train_batch_size=8, learning_rate=0.0)
+    run.train()
+    assert "moves tokens, and a batch holds pixel_values" in caplog.text
+    run.eval_dataset = rows
+    assert run.evaluate()["eval_loss"] < 0.2
+
+
+def test_blocks_that_share_their_layers_stay_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 64}
+    model = AlbertForSequenceClassification(AlbertConfig(**sizes, embedding_size=8, num_labels=2))
+    automatic(tmp_path, InTurn(40, 2), None, model, per_device_train_batch_size=8).train()
+    assert "called once in a forward pass" in caplog.text

@@ -97,6 +97,17 @@ def test_a_packed_batch_has_the_same_loss(name, attention):
         assert float(loss(batch)) == pytest.approx(float(loss(inputs)), abs=2e-5)
 
 
+def test_sequences_that_a_collator_has_put_end_to_end_stay_as_they_are():
+    model = causal("llama")
+    packing = Packing(model)
+    ids = token_batch()["input_ids"][:1]
+    positions = torch.cat([torch.arange(2), torch.arange(ids.shape[1] - 2)])[None]
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    rewritten = packing(inputs, loss_by(model, packing))
+    assert packing.form == "labelled"
+    assert torch.equal(rewritten["position_ids"], positions)
+
+
 def test_sequences_of_a_model_that_mixes_them_stay_apart(caplog):
     """A recurrent model would carry its state from one sequence into the next: it keeps its rows, and the shorter head."""
     model = causal("recurrent")

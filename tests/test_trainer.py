@@ -558,3 +558,18 @@ def test_a_model_that_ignores_the_number_of_items_is_averaged_over_the_window(tm
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_the_arguments_that_were_passed_stay_as_they_were(tmp_path):
+    args = arguments_of(tmp_path, "mezo", learning_rate=None, zo_eps=None)
+    run = ZOTrainer(tiny_llama(), args, train_dataset=Sentences(), data_collator=collate)
+    assert (args.learning_rate, args.zo_eps) == (None, None)
+    assert run.args.learning_rate == pytest.approx(1e-6)
+
+
+def test_a_folder_that_is_no_checkpoint_is_passed_over(tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    again = trainer_of(tmp_path, max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3

@@ -69,7 +69,7 @@ class ModelCardCallback(ZOTrainerCallback):
         self._peak = None
         if trainer.train_dataset is None or not _restart_peak(args.device):
             return
-        (batch,) = trainer.training_batches(args.per_device_train_batch_size)
+        batch = trainer.training_batches(args.per_device_train_batch_size)[0]
         with torch.no_grad(), evaluation_mode(trainer.model), Randomness(trainer.model.parameters()):
             trainer.plain_forward(batch)
         self.about["inference_memory"] = _peak(args.device)

@@ -69,7 +69,7 @@ class ExampleProbes:
 
         def displaced(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             owned, x = self._layers[layer], args[0]
-            runs = self._runs(x.shape[:-1].numel())
+            runs = [run for run in self._runs(x.shape[:-1].numel()) if run[2] >= 0]
             flat, result = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
             count = 1 + max(example for _, _, example in runs)
             for radius, family in current.terms:
@@ -77,7 +77,7 @@ class ExampleProbes:
                 z = {key: family.each(name, count).to(output.dtype) for key, name in owned.items()}
                 for begin, end, example in runs:
                     if "weight" in z:
-                        result[begin:end].addmm_(flat[begin:end], z["weight"][example].t(), alpha=radius)
+                        result[begin:end].addmm_(flat[begin:end].to(result.dtype), z["weight"][example].t(), alpha=radius)
                     if "bias" in z:
                         result[begin:end].add_(z["bias"][example], alpha=radius)
             return result.view(output.shape)

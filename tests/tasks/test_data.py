@@ -145,3 +145,8 @@ def test_the_hub_is_asked_for_the_matched_split_of_mnli(monkeypatch):
 def test_no_samples_are_refused(tmp_path, number):
     with pytest.raises(ValueError, match=f"max_samples={number}"):
         load_rows(TASKS["sst2"], "train", tmp_path, max_samples=number)
+
+
+def test_blank_lines_are_passed_over(tmp_path):
+    write(tmp_path, [*sentences(2), "", " "])
+    assert len(load_rows(TASKS["sst2"], "train", tmp_path)) == 2
