@@ -31,7 +31,7 @@ from safetensors.torch import load, save, save_file
 from torch import nn
 
 from ._version import __version__
-from .adapters import adapter_key, adapter_values, base_of
+from .adapters import adapter_key, adapter_values, base_of, new_heads
 from .directions import ExampleDirections, Probe, TensorSpec, space_of
 from .estimators import METHODS, Estimate, Estimator, hyperparameters
 from .optimizer import ZOOptimizer
@@ -248,12 +248,15 @@ def content_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _frozen(model: nn.Module, trained: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Parameters that are not trained, without quantised ones, whose layout in memory depends on the machine."""
-    trained = set(trained)
+    """Parameters that are not trained, without quantised ones, whose layout in memory depends on the machine.
+
+    Without what PEFT keeps of a head that it trains a copy of, too: no pass reads it, and a new one is drawn at every load.
+    """
+    left_out = set(trained) | {name for name, _ in model.named_parameters() if ".original_module." in name}
     return {
         name: p
         for name, p in model.named_parameters()
-        if name not in trained and p.is_floating_point() and type(p.data) is torch.Tensor
+        if name not in left_out and p.is_floating_point() and type(p.data) is torch.Tensor
     }
 
 
@@ -269,21 +272,21 @@ def header_of(
         schedule: name of the learning rate schedule, for the reader.
     """
     params = optimizer.params
-    adapted = getattr(model, "peft_config", None)
+    base, adapted = base_of(model), getattr(model, "peft_config", None)
+    heads = tuple(f"{name}." for name in new_heads(base))  # drawn anew at every load, or fitted
     stored, tensors = {}, []
     for name, p in params.items():
-        start: str | int = "base"
+        start: str | int = "stored" if name.startswith(heads) else "base"
         if adapted:
             key = adapter_key(int(settings["seed"]), name)
             drawn = adapter_values(key, p)
             start = "zeros" if not p.detach().any() else key if torch.equal(p.detach(), drawn) else "stored"
-            if start == "stored":
-                stored[name] = p.detach().cpu().clone()
+        if start == "stored":
+            stored[name] = p.detach().cpu().clone()
         tensors.append([name, list(p.shape), str(p.dtype).removeprefix("torch."), start])
     index = {name: i for i, name in enumerate(params)}
     by_group = [[index[optimizer.names[p]] for p in group["params"]] for group in optimizer.param_groups]
     estimator, config = optimizer.estimator, getattr(model, "config", None)
-    base = base_of(model)
     name = getattr(config, "_name_or_path", "") or ""
     floating = [p.dtype for p in base.parameters() if p.is_floating_point()]
     header = {

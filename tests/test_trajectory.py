@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from support import Sentences, assert_same_weights, collate, tiny_llama, trainer_of, weights_of
+from support import Sentences, assert_same_weights, collate, tiny_llama, trained_of, trainer_of, weights_of
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from hf_zo import Trajectory, TrajectoryError, ZOTrainer, cli, replay
+from hf_zo import Trajectory, TrajectoryError, ZOTrainer, ZOTrainingArguments, cli, replay
 from hf_zo.adapters import draw_adapter
 from hf_zo.trajectory import LOG_NAME, SEALED_NAME, Step, TrajectoryLog, content_hash, projected_gradients
 
@@ -324,3 +325,25 @@ def test_the_header_is_readable_json_in_the_metadata(run: Path) -> None:
     assert header["steps"] == 9
     assert header["base"]["class"] == "LlamaForCausalLM"
     assert "lr" not in header["groups"][0]
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "lora"])
+def test_a_head_that_is_drawn_at_every_load_is_stored(adapted: bool, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    BertModel(BertConfig(**sizes, num_labels=2)).save_pretrained(tmp_path / "base")
+    rows = [{"input_ids": torch.tensor([1, 2 + i % 2]), "attention_mask": torch.ones(2), "labels": i % 2} for i in range(8)]
+    ends = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model: Any = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+        if adapted:
+            config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+            model = draw_adapter(get_peft_model(model, config), 42)
+        ends.append(model)
+    trained, other = ends
+    arguments = ZOTrainingArguments(str(tmp_path / "run"), max_steps=3, learning_rate=1e-3, use_cpu=True, report_to="none")
+    ZOTrainer(trained, arguments, train_dataset=rows).train()
+    trajectory = Trajectory.read(tmp_path / "run" / LOG_NAME)
+    assert_same_weights(trained_of(replay(other, trajectory)), trained_of(trained))
+    command = ["replay", str(tmp_path / "base"), str(tmp_path / "run"), "-o", str(tmp_path / "rebuilt")]
+    assert cli.main(command) == 0
