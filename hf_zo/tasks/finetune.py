@@ -208,6 +208,8 @@ def build_trainer(model_arguments: ModelArguments, data: DataArguments, training
         ValueError: for settings or data that cannot work, naming the field, or file and line.
         FileNotFoundError: if ``dataset_dir`` lacks a split.
     """
+    if training.do_predict:
+        raise ValueError("do_predict=True wants a test split, and these tasks are scored on validation; use do_eval.")
     set_seed(training.seed)
     seed = training.data_seed if training.data_seed is not None else training.seed
     # Bad data speaks up before a model is loaded.

@@ -192,6 +192,12 @@ def test_bad_data_speaks_up_before_a_model_is_loaded(tmp_path):
         build_trainer(ModelArguments("no/model"), DataArguments("sst2", str(tmp_path)), training, get_task("sst2"))
 
 
+def test_there_is_nothing_to_predict(tmp_path):
+    training = ZOTrainingArguments(output_dir=str(tmp_path), do_predict=True, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="do_predict=True wants a test split"):
+        build_trainer(ModelArguments("no/model"), DataArguments("sst2", str(tmp_path)), training, get_task("sst2"))
+
+
 def test_bad_data_ends_with_its_place(monkeypatch, capsys, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"sentence": "x", "label": 7}\n')
     command = f"run_glue.py --model_name_or_path no/model --task_name sst2 --dataset_dir {tmp_path} --do_train --use_cpu"
