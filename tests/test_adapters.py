@@ -435,3 +435,19 @@ def test_an_adapter_beside_the_active_one_is_left_alone() -> None:
     model.add_adapter("two", LoraConfig(r=2, target_modules=["v_proj"]))
     model.set_adapter("two")
     assert [name.split(".")[-1] for name, _ in adapted_layers(model)] == ["v_proj", "v_proj"]
+
+
+def test_calibration_takes_the_batch_size_that_fits(tmp_path: Path) -> None:
+    run = trainer_of(tmp_path, "zo_act", auto_find_batch_size=True, per_device_train_batch_size=8)
+    sizes: list[int] = []
+
+    def scarce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 4:
+            raise RuntimeError("CUDA out of memory.")
+
+    run.model.register_forward_pre_hook(scarce, with_kwargs=True)
+    run.train()
+    assert sizes[0] == 8
+    assert sizes[-1] <= 4 < run.args.per_device_train_batch_size
+    assert run.state.global_step == run.args.max_steps

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import Sentences, collate, model_of, trainer_of
+from support import Sentences, collate, model_of, trainer_of, weights_of
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
@@ -164,3 +164,10 @@ def test_the_matrix_has_adapters_in_every_form() -> None:
 def test_rows_that_are_not_there() -> None:
     with pytest.raises(ValueError, match=r"zo_per_example=True numbers the rows of input_ids.*inputs_embeds, labels.*unset it"):
         numbered({"inputs_embeds": torch.zeros(2, 3, 4), "labels": torch.zeros(2, 3)}, 0)
+
+
+def test_autocast_does_not_disturb(tmp_path):
+    run = trainer_of(tmp_path, "mezo", "lora", zo_per_example=True, bf16=True, max_steps=2)
+    before = weights_of(run.model)
+    run.train()
+    assert any(not torch.equal(p, before[name]) for name, p in weights_of(run.model).items())
