@@ -103,9 +103,9 @@ def test_sequences_that_a_collator_has_put_end_to_end_stay_as_they_are():
     ids = token_batch()["input_ids"][:1]
     positions = torch.cat([torch.arange(2), torch.arange(ids.shape[1] - 2)])[None]
     inputs = {"input_ids": ids, "labels": ids, "position_ids": positions}
-    assert packing_module.KEPT not in packing._rewritten(inputs, "packed")
+    assert KEPT not in packing._rewritten(inputs, "packed")
     one = {**inputs, "position_ids": torch.arange(ids.shape[1])[None]}
-    assert packing_module.KEPT in packing._rewritten(one, "packed")
+    assert KEPT in packing._rewritten(one, "packed")
     rewritten = packing(inputs, loss_by(model, packing))
     assert packing.form == "labelled"
     assert torch.equal(rewritten["position_ids"], positions)
