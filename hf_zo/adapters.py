@@ -114,7 +114,7 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
     for name, module in model.named_modules():
         wanted = targets == "all-linear" or any(_is_called(name, t) for t in targets)
         # PEFT trains a new head as a whole, and what else has a name that ends like it.
-        if not wanted or module is head or (heads and (name.endswith(heads) or name.split(".")[0] in heads)):
+        if not wanted or module is head or name.endswith(heads) or name.split(".")[0] in heads:
             continue
         if isinstance(module, nn.Linear | Conv1D):
             found[name] = module
@@ -212,8 +212,11 @@ def adapted_head(model: nn.Module) -> LoraLayer | None:
 
 def adapted_layers(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:
     """Names and layers that carry the active adapter."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    return [(name, layer) for name, layer in layers if layer.active_adapters[0] in layer.lora_A]
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and module.active_adapters[0] in module.lora_A
+    ]
 
 
 def basis_of(layer: LoraLayer) -> torch.Tensor:

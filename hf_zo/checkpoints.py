@@ -200,10 +200,9 @@ class TrajectoryCheckpoints(_Base):
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The checkpoint with the highest step whose ``trainer_state.json``, written last, can be read."""
-    folders = {
-        int(f.name.removeprefix("checkpoint-")): f for f in Path(output_dir).glob("checkpoint-*") if f.name[11:].isdecimal()
-    }
-    for _, folder in sorted(folders.items(), reverse=True):
+    steps = [f.name.removeprefix("checkpoint-") for f in Path(output_dir).glob("checkpoint-*")]
+    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
+        folder = Path(output_dir) / f"checkpoint-{step}"
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text())
         except (OSError, ValueError):

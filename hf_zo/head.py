@@ -20,9 +20,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -134,10 +134,9 @@ def fittable(model: nn.Module, collator: Any, rows: Iterable[Any]) -> int:
 def _class_of(row: Any) -> int | None:
     """The label of a training row, None if it is no class."""
     label = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
-    is_class = isinstance(label, int | np.integer) or (
-        isinstance(label, torch.Tensor) and label.dtype == torch.long and not label.ndim
-    )
-    return int(label) if is_class else None  # type: ignore[arg-type]
+    if isinstance(label, torch.Tensor):
+        return int(label) if label.dtype == torch.long and not label.ndim else None
+    return int(label) if isinstance(label, Integral) else None
 
 
 def output_layer(model: nn.Module) -> nn.Module:

@@ -47,6 +47,17 @@ def example_count(inputs: Mapping[str, Any]) -> int:
     return next((len(v) for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim), 1)
 
 
+def logits_of(outputs: Any) -> torch.Tensor:
+    """The logits among what ``compute_loss`` returns beside the loss.
+
+    Args:
+        outputs: of a model, a tuple that begins with the loss, or the logits alone.
+    """
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+
+
 def contributions(
     model: nn.Module, logits: torch.Tensor, inputs: Mapping[str, Any], num_items: torch.Tensor | int | None, score: str
 ) -> torch.Tensor:
@@ -78,7 +89,7 @@ def accuracy(trainer: Any, model: nn.Module, inputs: Mapping[str, Any]) -> torch
     """One minus the share of right predictions: per example for options and classes, per label token for language models."""
     labels = inputs["labels"]
     _, outputs = trainer.compute_loss(model, dict(inputs), return_outputs=True)
-    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+    logits = logits_of(outputs)
     if isinstance(labels, OptionLabels):
         predictions, labels = option_predictions(logits, labels), labels["target"]
     elif shifts_labels(trainer.accelerator.unwrap_model(model)):

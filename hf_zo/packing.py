@@ -181,7 +181,7 @@ class Packing:
     def runs(self, tokens: int) -> list[tuple[int, int, int]]:
         """Stretches ``(begin, end, example)`` of the batch that is being read, of whose tokens a layer sees so many, flattened.
 
-        The padding of a packed batch is of example -1.
+        The padding of a packed batch is in none of them.
 
         Raises:
             ValueError: if the layer does not see the tokens of the batch, or one of every row.
@@ -197,7 +197,8 @@ class Packing:
         numbers = examples.flatten() if examples.ndim > 1 else examples.repeat_interleave(tokens // len(examples))
         owned, lengths = torch.unique_consecutive(numbers, return_counts=True)
         ends = lengths.cumsum(0)
-        self._runs[tokens] = list(zip((ends - lengths).tolist(), ends.tolist(), owned.tolist(), strict=True))
+        stretches = zip((ends - lengths).tolist(), ends.tolist(), owned.tolist(), strict=True)
+        self._runs[tokens] = [(begin, end, example) for begin, end, example in stretches if example >= 0]
         return self._runs[tokens]
 
     # ---- the choice --------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from .checkpoints import is_weightless
 from .depth import DepthError, attention_outputs, fit_depth
 from .engine_runs import EngineRuns
 from .head import HeadFit, fit_head, fittable, output_layer
+from .objectives import logits_of
 from .packing import Packing, numbered
 from .runtimes.torch import Randomness, evaluation_mode
 from .tasks.scoring import OptionLabels, option_scores
@@ -195,7 +196,7 @@ class Preparation(EngineRuns):
             return option_scores(logits, labels)[:, :options] if isinstance(labels, OptionLabels) else logits
 
         def rows(tokens: int) -> torch.Tensor:
-            row = torch.empty(tokens, dtype=torch.long, device=self.args.device)
+            row = torch.full((tokens,), -1, device=self.args.device)
             for begin, end, example in self._packing.runs(tokens):
                 row[begin:end] = example
             return row if mask is None or mask.numel() != tokens else row.where(mask.flatten().bool(), -1)
@@ -222,10 +223,7 @@ class Preparation(EngineRuns):
     def _logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """What the model makes of a prepared batch."""
         with self.compute_loss_context_manager():
-            outputs: Any = self.compute_loss(self.model, dict(inputs), return_outputs=True)[1]
-        return (
-            outputs["logits"] if isinstance(outputs, Mapping) else outputs if isinstance(outputs, torch.Tensor) else outputs[1]
-        )
+            return logits_of(self.compute_loss(self.model, dict(inputs), return_outputs=True)[1])
 
     def _training_rows(self, wanted: int) -> list[Any]:
         """``wanted`` training rows, see `drawn`."""

@@ -31,7 +31,7 @@ from transformers import Trainer
 from .directions import Probe, space_of
 from .estimators import METHODS, Estimator
 from .hub.callbacks import ZOTrainerCallback, card_of
-from .objectives import OBJECTIVES, contributions, example_count, label_count, shifts_labels
+from .objectives import OBJECTIVES, contributions, example_count, label_count, logits_of, shifts_labels
 from .optimizer import ZOOptimizer
 from .packing import Packing, example_of_items, numbered
 from .precision import LossesSeen, fp32_losses, warn_of_slow_products
@@ -389,8 +389,7 @@ class ZOTrainerMixin(Preparation):
         for w, inputs in zip(weights, window, strict=True):
             with self.compute_loss_context_manager(), fp32_losses(self.model, self._losses_seen):
                 loss, outputs = self.compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=num_items)
-            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
-            items = contributions(self.model, logits, inputs, num_items if scaled else None, self.args.zo_objective)
+            items = contributions(self.model, logits_of(outputs), inputs, num_items if scaled else None, self.args.zo_objective)
             if scaled and self.args.average_tokens_across_devices:
                 items = items * self.accelerator.num_processes  # as the Trainer does with its loss
             if not self._examples_checked and self.args.zo_objective == "loss":

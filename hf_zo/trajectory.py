@@ -252,11 +252,11 @@ def _frozen(model: nn.Module, trained: Iterable[str]) -> dict[str, torch.Tensor]
 
     Without what PEFT keeps of a head that it trains a copy of, too: no pass reads it, and a new one is drawn at every load.
     """
-    left_out = set(trained) | {name for name, _ in model.named_parameters() if ".original_module." in name}
+    trained = set(trained)
     return {
         name: p
         for name, p in model.named_parameters()
-        if name not in left_out and p.is_floating_point() and type(p.data) is torch.Tensor
+        if name not in trained and p.is_floating_point() and type(p.data) is torch.Tensor and ".original_module." not in name
     }
 
 

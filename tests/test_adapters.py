@@ -395,7 +395,7 @@ def test_targets_that_do_not_exist_are_named() -> None:
     assert len(list(adapted_layers(attach(tiny_llama(), 4, ["q_proj", " v_proj"])))) == 4
 
 
-def test_what_is_called_like_a_new_head_is_trained_as_a_whole(tmp_path: Path) -> None:
+def test_what_is_called_like_a_new_head_is_trained_as_a_whole() -> None:
     torch.manual_seed(0)
     config = DistilBertConfig(vocab_size=VOCABULARY, dim=16, hidden_dim=32, n_layers=2, n_heads=2, num_labels=2)
     adapted = attach(DistilBertForSequenceClassification(config))

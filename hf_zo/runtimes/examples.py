@@ -69,7 +69,7 @@ class ExampleProbes:
 
         def displaced(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             owned, x = self._layers[layer], args[0]
-            runs = [run for run in self._runs(x.shape[:-1].numel()) if run[2] >= 0]
+            runs = self._runs(x.shape[:-1].numel())
             flat, result = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
             count = 1 + max(example for _, _, example in runs)
             for radius, family in current.terms:
