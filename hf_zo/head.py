@@ -11,8 +11,8 @@ options gets it as a LoRA adapter on its output layer, W being the change of the
 vectors of W, B the rest, zero in the rows of all other tokens. Both of its factors are frozen from then on. Where the output
 layer shares its weights with the input embedding, such an adapter must not be merged (PEFT warns of it).
 
-The ridge is chosen by five-fold cross-validation on the rows. A language model whose losses on left-out rows do not fall stays
-as it was.
+The ridge is chosen by five-fold cross-validation on the rows. Where that predicts left-out rows no better than the layer as it
+is, as with one that was trained before, the layer stays as it was.
 """
 
 from __future__ import annotations
@@ -96,13 +96,14 @@ def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Log
     fresh = seen.tokens is None  # a new layer's scores are noise
     offset = torch.zeros_like(seen.scores) if fresh else seen.scores
     weights, facts, left_out = fitted(seen.hidden, offset, seen.target, bias=fresh and getattr(layer, "bias", None) is not None)
-    if seen.tokens is None:
-        _write_classes(layer, weights)
-    elif facts["loss_after"] < facts["loss_before"]:
-        _write_options(layer, weights, seen.tokens)
-    else:
+    facts["loss_before"] = float(nn.functional.cross_entropy(seen.scores.double(), seen.target))
+    if facts["loss_after"] >= facts["loss_before"]:
         logger.warning("The output layer stays as it was: fitted to some rows, it predicts the others worse.")
-        facts["loss_after"], left_out = facts["loss_before"], offset.double().cpu()
+        facts["loss_after"], left_out = facts["loss_before"], seen.scores.double().cpu()
+    elif seen.tokens is None:
+        _write_classes(layer, weights)
+    else:
+        _write_options(layer, weights, seen.tokens)
     return HeadFit(facts, left_out, seen.target.cpu())
 
 

@@ -88,6 +88,23 @@ def test_a_line_that_is_not_json(tmp_path):
     assert str(caught.value).startswith(f"{path}, line 2: not JSON (")
 
 
+@pytest.mark.parametrize("harm", ["cut", "altered", "not zipped", "not UTF-8"])
+def test_a_damaged_file_is_named(tmp_path, harm):
+    path = write(tmp_path, sentences(50), zipped=True)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(
+        {
+            "cut": whole[:middle],
+            "altered": whole[:middle] + bytes(8) + whole[middle + 8 :],
+            "not zipped": gzip.decompress(whole),
+            "not UTF-8": gzip.compress(b"\xff" + gzip.decompress(whole)),
+        }[harm]
+    )
+    with pytest.raises(DataError, match=f"{path.name} is damaged, or not in UTF-8"):
+        load_rows(TASKS["sst2"], "train", tmp_path)
+
+
 def test_a_line_that_is_no_object(tmp_path):
     path = write(tmp_path, [*sentences(1), "[1, 2]"])
     with pytest.raises(DataError) as caught:
