@@ -18,7 +18,7 @@ test: quality
 # A real engine, then the matrix of promises and the Trainer's hooks on the older transformers that vLLM wants.
 test-vllm: $(VENV_VLLM)/.installed
 	$(BIN_VLLM)/python -m pytest tests/vllm --durations 10
-	$(BIN_VLLM)/python -m pytest -n 2 --dist loadfile --durations 10 tests/matrix tests/test_trainer.py
+	$(BIN_VLLM)/python -m pytest -n 2 --dist loadfile --durations 10 tests/matrix tests/test_trainer.py tests/test_measurement.py
 
 # Rebuilds a reference run from base model and trajectory, and evaluates it.
 replay-cards: $(VENV)/.installed
