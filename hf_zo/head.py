@@ -11,6 +11,10 @@ options gets it as a LoRA adapter on its output layer, W being the change of the
 vectors of W, B the rest, zero in the rows of all other tokens. Both of its factors are frozen from then on. Where the output
 layer shares its weights with the input embedding, such an adapter must not be merged (PEFT warns of it).
 
+Where answers are free text, the options are those tokens, as many as the adapter's rank, about which the model errs most: they
+are right and it would choose another, or the other way round. All other tokens are one class more, whose row of W is zero. A
+prompt's format is learnt so: how an answer begins and where it ends.
+
 The ridge is chosen by five-fold cross-validation on the rows. Where that predicts left-out rows no better than the layer as it
 is, as with one that was trained before, the layer stays as it was.
 """
@@ -23,12 +27,14 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .adapters import adapted_head, base_of, factors_of, head_name, new_heads
+from .objectives import shifts_labels
 from .tasks.scoring import OptionCollator, OptionLabels
 
 logger = logging.getLogger(__name__)
@@ -37,6 +43,9 @@ RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Tried in this order, per unit of the hidden states' mean square."""
 
 FOLDS = 5
+
+_PLACES = 4000  # tokens of free answers that a fit looks at: it takes no more of its time than some options would
+_CHUNK = 256
 
 Logits = Callable[[Mapping[str, Any]], torch.Tensor]
 """Runs the model on a batch and returns its logits."""
@@ -48,9 +57,11 @@ class Readings:
 
     Attributes:
         hidden: [N, D], its inputs, one row for an example; over the number of tokens of an option, as scores are means of them.
-        scores: [N, K], what it makes of them for the K classes or options.
+            Of free answers, one row for a token.
+        scores: [N, K], what it makes of them for the K classes or options; of free answers [N, K + 1], the last for what is not
+            among ``tokens``.
         target: [N], the right one.
-        tokens: [K], the options' last tokens; None for classes.
+        tokens: [K], the options' last tokens, or those of free answers; None for classes.
     """
 
     hidden: torch.Tensor
@@ -58,13 +69,19 @@ class Readings:
     target: torch.Tensor
     tokens: torch.Tensor | None
 
+    @property
+    def is_free(self) -> bool:
+        """Whether answers are free text."""
+        return self.tokens is not None and len(self.tokens) < self.scores.shape[1]
+
 
 @dataclass
 class HeadFit:
     """What came of a fit.
 
     Attributes:
-        facts: ``loss_before`` and ``loss_after`` on left-out rows, the chosen ``ridge``, and ``rows``.
+        facts: ``loss_before`` and ``loss_after`` on left-out rows, the chosen ``ridge``, and ``rows``; of free answers, tokens
+            in place of rows.
         left_out: [N, K], scores of the rows by fits that have not seen them; of the layer as it is, if it stays so. fp64, CPU.
         target: [N], the right class or option. CPU.
     """
@@ -80,16 +97,16 @@ def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Log
     Args:
         model: a sequence classifier whose output layer is trainable, or a language model with a LoRA adapter on it
             (``target_modules`` contains its name).
-        batches: training rows with their ``labels``: classes, or `OptionLabels` of options that differ in their last token
-            alone and are the same for every row.
+        batches: training rows with their ``labels``: classes, `OptionLabels` of options that differ in their last token alone
+            and are the same for every row, or token ids, -100 where none is asked for, of a causal language model.
         logits: see `Logits`; called once per batch, without gradients.
 
     Raises:
         ValueError: if there is no such layer, the labels are of another kind, or all the same, or too few.
     """
     layer = output_layer(model)
-    seen = read(layer, batches, logits)
-    if len(seen.target.unique()) < 2:
+    seen = read(model, layer, batches, logits)
+    if len(seen.target.unique()) < 2 and not seen.is_free:
         raise ValueError(
             f"zo_head_samples: the {len(seen.target)} training rows are all of one class. Shuffle the data, or set it to 0."
         )
@@ -103,14 +120,14 @@ def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Log
     elif seen.tokens is None:
         _write_classes(layer, weights)
     else:
-        _write_options(layer, weights, seen.tokens)
+        _write_options(layer, weights[:-1] - weights[-1] if seen.is_free else weights, seen.tokens)
     return HeadFit(facts, left_out, seen.target.cpu())
 
 
 def fittable(model: nn.Module, collator: Any, rows: Iterable[Any]) -> int:
     """Among how many classes or options `fit_head` can be expected to tell, judged by what is there before the Trainer is.
 
-    0 if it has nothing to fit.
+    0 if it has nothing to fit; free answers do not count.
 
     Args:
         model: of a language model, the base model or one with an adapter on its output layer.
@@ -169,15 +186,17 @@ def _trained_heads(base: nn.Module) -> list[nn.Linear]:
     return [m for m in modules if isinstance(m, nn.Linear) and m.weight.requires_grad and m.out_features > 1]
 
 
-def read(layer: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Logits) -> Readings:
+def read(model: nn.Module, layer: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Logits) -> Readings:
     """One forward pass over the batches.
 
     Raises:
-        ValueError: if their labels are neither classes nor such options.
+        ValueError: if their labels are neither classes nor such options, nor the token ids of a causal language model.
     """
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     found: list[Readings] = []
+    answers: list[_Answers] = []
+    free = isinstance(layer, LoraLayer) and shifts_labels(model)
     try:
         for batch in batches:
             said, labels = logits(batch), batch.get("labels")
@@ -185,11 +204,18 @@ def read(layer: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Logits)
                 found.append(_of_options(seen[-1][0], said, labels))
             elif isinstance(labels, torch.Tensor) and labels.ndim == 1 and not labels.dtype.is_floating_point:
                 found.append(_of_classes(*seen[-1], said, labels))
+            elif free and isinstance(labels, torch.Tensor) and labels.ndim == 2:
+                answers.append(_answers_of(seen[-1][0], said, labels, -(-_PLACES // len(batches)), len(answers)))
             else:
-                raise ValueError("zo_head_samples needs labels that are classes, or options of a prompt; set it to 0.")
+                raise ValueError(
+                    "zo_head_samples needs labels that are classes, options of a prompt, or token ids of a causal language "
+                    "model; set it to 0."
+                )
             seen.clear()
     finally:
         handle.remove()
+    if answers:
+        return _of_answers(layer, answers)
     tokens = [r.tokens for r in found if r.tokens is not None]
     if any(not torch.equal(t, tokens[0]) for t in tokens):
         raise ValueError(_VARYING)
@@ -244,6 +270,43 @@ def _of_classes(hidden: torch.Tensor, output: torch.Tensor, logits: torch.Tensor
         picked = (output == logits[:, None]).all(-1).float().argmax(-1)
         hidden = hidden[torch.arange(len(labels), device=labels.device), picked]
     return Readings(hidden.float(), logits.float(), labels, None)
+
+
+class _Answers(NamedTuple):
+    """Tokens of free answers, at the places where they are predicted."""
+
+    hidden: torch.Tensor  # [n, D]
+    target: torch.Tensor  # [n]
+    chosen: torch.Tensor  # [n], what the model thinks likeliest
+
+
+def _answers_of(hidden: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, most: int, key: int) -> _Answers:
+    """At most so many tokens of a batch, drawn by a key."""
+    width = labels.shape[1]  # there may be virtual tokens before
+    place = (labels[:, 1:] >= 0).nonzero(as_tuple=True)
+    drawn = torch.from_numpy(np.random.default_rng(key).permutation(len(place[0]))[:most]).to(labels.device)
+    row, column = place[0][drawn], place[1][drawn]
+    return _Answers(hidden[:, -width:][row, column], labels[row, column + 1], logits[:, -width:][row, column].argmax(-1))
+
+
+@torch.no_grad()
+def _of_answers(layer: nn.Module, answers: Sequence[_Answers]) -> Readings:
+    assert isinstance(layer, LoraLayer)
+    hidden, target, chosen = (torch.cat(parts) for parts in zip(*answers, strict=True))
+    a, b = factors_of(layer)
+    errors = torch.zeros(len(b), device=hidden.device)
+    for tokens in (target, chosen):
+        errors += torch.bincount(tokens[target != chosen], minlength=len(errors))
+    most = errors.argsort(descending=True, stable=True)[: len(a)]
+    tokens = most[errors[most] > 0]
+    others = torch.ones_like(errors, dtype=torch.bool).index_fill(0, tokens, False)
+    scores = []
+    for part in hidden.split(_CHUNK):  # all scores of all tokens would be gigabytes
+        x = layer(part).float()
+        scores.append(torch.cat([x[:, tokens], x[:, others].logsumexp(1, keepdim=True)], 1))
+    number = torch.full_like(errors, len(tokens), dtype=torch.long)
+    number[tokens] = torch.arange(len(tokens), device=tokens.device)
+    return Readings(hidden.float(), torch.cat(scores), number[target], tokens)
 
 
 def fitted(

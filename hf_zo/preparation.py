@@ -185,6 +185,8 @@ class Preparation(EngineRuns):
         """
         if "input_ids" not in batches[0]:
             raise DepthError(f"zo_fit_depth=True moves tokens, and a batch holds {', '.join(batches[0])}. Unset it.")
+        if getattr(batches[0]["labels"], "ndim", 1) > 1:
+            raise DepthError("zo_fit_depth=True moves the scores of classes or options, and answers are free text. Unset it.")
         mask: torch.Tensor | None = None
         options = found.left_out.shape[1]
 
@@ -244,7 +246,7 @@ class Preparation(EngineRuns):
 def _told(facts: Mapping[str, float]) -> str:
     """What a fit has come to, for the log."""
     change = f"{facts['loss_before']:.3f} to {facts['loss_after']:.3f}"
-    return f"fitted to {facts['rows']:g} rows with ridge {facts['ridge']:g}, loss of left-out rows from {change}."
+    return f"fitted to {facts['rows']:g} predictions with ridge {facts['ridge']:g}, loss of left-out ones from {change}."
 
 
 def drawn(data: Any, wanted: int) -> Iterator[Any]:

@@ -85,8 +85,8 @@ class ZOTrainingArguments(TrainingArguments):
             Rank of factorised directions; 16 to 64 is usual. Clipped to a tensor's smaller dimension.
         zo_head_samples (`int`, defaults to 0):
             Training rows that the output layer is fitted to before the first step, from one forward pass over them; 0 for
-            none. For classifiers, and for language models that choose among options that differ in their last token alone, see
-            `hf_zo.head`.
+            none. For classifiers, for language models that choose among options that differ in their last token alone, and for
+            causal ones that answer freely, see `hf_zo.head`.
         zo_fit_depth (`bool`, defaults to `False`):
             After the output layer, fit one direction in every second block from a third to three quarters of the depth: for C
             options as many forward passes over the `zo_head_samples` rows for each of these blocks, see `hf_zo.depth`. With

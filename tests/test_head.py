@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support import VOCABULARY, Sentences, assert_same_weights, collate, tiny_llama, trained_of, trainer_of, weights_of
+from support import VOCABULARY, Sentences, assert_same_weights, collate, tiny_llama, trained_of, weights_of
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, IterableDataset
@@ -21,13 +22,16 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
 
 from hf_zo import Trajectory, ZOTrainer, ZOTrainingArguments, replay
 from hf_zo.adapters import attach, factors_of
-from hf_zo.head import RIDGES, fit_head, fitted, output_layer
+from hf_zo.depth import DepthError
+from hf_zo.head import RIDGES, fit_head, fitted, output_layer, read
 from hf_zo.tasks import OptionCollator, OptionLabels, option_loss
 from hf_zo.tasks.scoring import option_scores
 
@@ -263,6 +267,123 @@ def test_a_classifier_that_is_trained_already_stays_as_it_was(family: str, caplo
     assert "stays as it was" in caplog.text
 
 
+# ---- free answers ------------------------------------------------------------------------------------------------------
+
+
+class Answered(Dataset):
+    """Prompts and answers of two tokens: one of 40 that the prompt's last token tells, or any other, then always 50."""
+
+    def __init__(self, rows: int = 80) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.rows = []
+        for i in range(rows):
+            prompt = torch.randint(1, VOCABULARY, (3 + i % 4,), generator=generator)
+            first = 30 + int(prompt[-1]) % 2 if i % 3 else int(torch.randint(1, VOCABULARY, (), generator=generator))
+            ids = torch.cat([prompt, torch.tensor([first, 50])])
+            self.rows.append({"input_ids": ids, "labels": torch.cat([torch.full((len(prompt),), -100), ids[-2:]])})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.rows[i]
+
+
+def answered(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch, padded right."""
+    ids, labels = (
+        nn.utils.rnn.pad_sequence([r[key] for r in rows], batch_first=True, padding_value=value)
+        for key, value in (("input_ids", 0), ("labels", -100))
+    )
+    return {"input_ids": ids, "labels": labels, "attention_mask": (ids > 0).long()}
+
+
+def answered_batches() -> list[dict[str, Any]]:
+    data = Answered()
+    return [answered([data[i] for i in range(start, start + 8)]) for start in range(0, len(data), 8)]
+
+
+def answer_loss(model: nn.Module) -> float:
+    """Over the tokens of all answers."""
+    logits, data = logits_of(model), answered_batches()
+    scores = torch.cat([logits(batch)[:, :-1].flatten(0, 1) for batch in data])
+    return float(cross_entropy(scores, torch.cat([batch["labels"][:, 1:].flatten() for batch in data])))
+
+
+def test_free_answers_move_the_tokens_that_are_wrong_most_often_and_no_others() -> None:
+    model = attach(tiny_llama(), 4, with_head=True)  # the output layer's adapter has rank 8
+    logits, data = logits_of(model), answered_batches()
+    before, start = [logits(batch) for batch in data], answer_loss(model)
+    facts = fit_head(model, data, logits).facts
+    assert facts["rows"] == 2 * len(Answered())
+    assert answer_loss(model) < start - 0.5
+    errors: Counter[int] = Counter()
+    for batch, old in zip(data, before, strict=True):
+        right, chosen = batch["labels"][:, 1:], old[:, :-1].argmax(-1)
+        for tokens in (right, chosen):
+            errors.update(tokens[(right >= 0) & (right != chosen)].tolist())
+    moved = {t for batch, old in zip(data, before, strict=True) for t in (logits(batch) != old).nonzero()[:, 2].tolist()}
+    assert len(moved) == 8
+    assert {30, 31, 50} < moved
+    assert min(errors[t] for t in moved) >= max(n for t, n in errors.items() if t not in moved)
+
+
+def test_free_answers_get_the_minimum_of_their_penalised_loss() -> None:
+    """Of which all other tokens are one class."""
+    model = attach(tiny_llama(), 4, with_head=True)
+    data, logits = answered_batches(), logits_of(model)
+    seen = read(model, output_layer(model), data, logits)
+    assert seen.is_free
+    others = [t for t in range(VOCABULARY) if t not in seen.tokens.tolist()]
+    states, scores, target = [], [], []
+    with torch.no_grad():
+        for batch in data:
+            row, column = (batch["labels"][:, 1:] >= 0).nonzero(as_tuple=True)
+            hidden = model.get_base_model().model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+            states.append(hidden[row, column])
+            at = logits(batch)[row, column]
+            scores.append(torch.cat([at[:, seen.tokens], at[:, others].logsumexp(1, keepdim=True)], 1))
+            target += [(seen.tokens == t).nonzero() for t in batch["labels"][row, column + 1]]
+    numbers = torch.tensor([int(t) if len(t) else len(seen.tokens) for t in target])
+    order = [seen.hidden.sub(h).abs().sum(1).argmin() for h in torch.cat(states)]  # tokens of a batch are drawn
+    torch.testing.assert_close(seen.scores[order], torch.cat(scores))
+    assert torch.equal(seen.target[order], numbers)
+    weights, _, _ = fitted(seen.hidden, seen.scores, seen.target)
+    fit_head(model, data, logits)
+    layer: Any = output_layer(model)
+    a, b = factors_of(layer)
+    torch.testing.assert_close((b @ a)[seen.tokens], (weights[:-1] - weights[-1]).float(), atol=1e-5, rtol=1e-4)
+
+
+def test_of_long_answers_some_tokens_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_zo.head._PLACES", 40)
+    model = attach(tiny_llama(), 4, with_head=True)
+    seen = read(model, output_layer(model), answered_batches(), logits_of(model))
+    assert len(seen.target) == len(seen.hidden) == 40
+    assert len(set(seen.target.tolist())) > 3
+
+
+def test_a_model_that_answers_right_stays_as_it_was() -> None:
+    model = attach(tiny_llama(), 4, with_head=True)
+    data, logits = answered_batches(), logits_of(model)
+    for batch in data:
+        asked = batch["labels"][:, 1:] >= 0
+        batch["labels"][:, 1:][asked] = logits(batch)[:, :-1].argmax(-1)[asked]
+    before = weights_of(model)
+    facts = fit_head(model, data, logits).facts
+    assert facts["loss_after"] == facts["loss_before"] == 0
+    assert_same_weights(before, weights_of(model))
+
+
+def test_labels_that_a_model_does_not_shift_are_named() -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
+    model = get_peft_model(
+        T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)), LoraConfig(target_modules=["lm_head"])
+    )
+    with pytest.raises(ValueError, match="token ids of a causal language model; set it to 0"):
+        fit_head(model, answered_batches(), lambda batch: model(**batch).logits)
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -276,12 +397,6 @@ def test_a_classifier_with_a_frozen_head_is_named() -> None:
     model = BertForSequenceClassification(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     with pytest.raises(ValueError, match="trainable `classifier`"):
         fit_head(model.requires_grad_(False), [], logits_of(model))
-
-
-def test_label_tokens_are_named(tmp_path: Path) -> None:
-    run = trainer_of(tmp_path, "zo_act", zo_head_samples=8)
-    with pytest.raises(ValueError, match="zo_head_samples needs labels that are classes, or options"):
-        run.train()
 
 
 def test_options_that_vary_are_named() -> None:
@@ -408,6 +523,36 @@ def test_passes_before_the_first_step_are_counted(tmp_path: Path) -> None:
     assert run._zo_optimizer.forward_passes == basis + fit + steps
 
 
+def answering(folder: Path, **more: Any) -> ZOTrainer:
+    settings = {"zo_method": "zo_act", "zo_act_samples": 8, "zo_head_samples": 80, "max_steps": 4, "zo_save_weights": False}
+    arguments = ZOTrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **{**settings, **more})
+    return ZOTrainer(tiny_llama(), arguments, train_dataset=Answered(), data_collator=answered)
+
+
+def test_the_trainer_fits_the_output_layer_of_a_model_that_answers_freely(tmp_path: Path) -> None:
+    run = answering(tmp_path)
+    start = answer_loss(run.model)
+    run.create_optimizer()
+    assert answer_loss(run.model) < start - 0.5
+    fit = head_of(run.model)
+    run.train()
+    assert_same_weights(fit, head_of(run.model))
+
+
+def test_a_resumed_run_with_free_answers_equals_the_whole_one(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    whole = answering(tmp_path / "a", **more)
+    whole.train()
+    resumed = answering(tmp_path / "b", **more)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+
+
+def test_middle_blocks_do_not_answer_freely(tmp_path: Path) -> None:
+    with pytest.raises(DepthError, match=r"answers are free text\. Unset it"):
+        answering(tmp_path, zo_fit_depth=True).train()
+
+
 # ---- zo_method="auto" --------------------------------------------------------------------------------------------------
 
 
@@ -452,10 +597,10 @@ def test_auto_fits_the_output_layer_of_a_model_that_chooses_among_options(tmp_pa
 @pytest.mark.parametrize(
     ("data", "collator", "more"),
     [
-        (Sentences(), collate, {}),
+        (Answered(), answered, {}),
         (Encoded(second_token=7), OptionCollator(Pad()), {"remove_unused_columns": False}),  # type: ignore[arg-type]
     ],
-    ids=["sentences", "options that vary"],
+    ids=["free answers", "options that vary"],
 )
 def test_auto_is_zo_act_alone_where_there_is_nothing_to_fit(tmp_path: Path, data: Any, collator: Any, more: Any) -> None:
     run = automatic(tmp_path, data, collator, **more)
@@ -516,7 +661,7 @@ def test_auto_does_not_leave_out_what_is_asked_for(tmp_path: Path) -> None:
 
 def test_auto_names_a_fit_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="zo_fit_depth=True goes on from a fit of the output layer, which zo_method='auto'"):
-        automatic(tmp_path, Sentences(), collate, zo_fit_depth=True)
+        automatic(tmp_path, Answered(), answered, zo_fit_depth=True)
 
 
 def test_auto_keeps_what_is_asked_for(tmp_path: Path) -> None:
