@@ -52,9 +52,7 @@ def run(case: str, form: str, output_dir: str, options: dict[str, Any]) -> None:
             for p in trainer.model.parameters():
                 if p.requires_grad:
                     p.add_(1.0)
-    trainer.add_callback(
-        Recorder(lambda hook, step, kwargs: print(f"step {step}", flush=True) if hook == "on_step_end" else None)
-    )
+    trainer.add_callback(Recorder(lambda hook, step, kwargs: tell(f"step {step}") if hook == "on_step_end" else None))
     if infinite_on_rank == RANK:
         compute_loss = trainer.compute_loss
 
@@ -76,6 +74,12 @@ def run(case: str, form: str, output_dir: str, options: dict[str, Any]) -> None:
     )
 
 
+def tell(line: str) -> None:
+    """Print a line in one write: where Python does not buffer, `print` makes two, and a kill would come between them."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def serve() -> None:
     """Run jobs from standard input, each in a forked process: importing everything once takes longer than a job.
 
@@ -84,11 +88,11 @@ def serve() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            print(f"pid {os.getpid()}", flush=True)
+            tell(f"pid {os.getpid()}")
             run(**json.loads(line))
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        print(f"ended {status}", flush=True)
+        tell(f"ended {status}")
 
 
 if __name__ == "__main__":
