@@ -154,28 +154,36 @@ class Preparation(EngineRuns):
             logger.info("The adapter that was passed is trained already: the output layer is not fitted again.")
             return
         head = adapted_head(self.model)
+        fitted = list(output_layer(self.model).parameters() if head is None else factors_of(head))
+        start = [p.detach().clone() for p in fitted]
         with evaluation_mode(self.model), Randomness(self.model.parameters()), torch.no_grad():
-            if head is not None:
-                factors_of(head)[1].zero_()  # of a fit that was interrupted
-            batches = self.training_batches(self.args.zo_head_samples)
-            if self.args.zo_fit_depth:
-                batches = [numbered(batch, 0) if "input_ids" in batch else batch for batch in batches]
-            batches = [self._prepare_inputs(batch) for batch in batches]
             try:
-                found = fit_head(self.model, batches, self._logits)
-            except ValueError as error:
-                if not self.args.zo_auto:
+                self._fit()
+            except BaseException:  # whoever tries again starts from the same layer
+                for p, old in zip(fitted, start, strict=True):
+                    p.copy_(old)
+                raise
+
+    def _fit(self) -> None:
+        batches = self.training_batches(self.args.zo_head_samples)
+        if self.args.zo_fit_depth:
+            batches = [numbered(batch, 0) if "input_ids" in batch else batch for batch in batches]
+        batches = [self._prepare_inputs(batch) for batch in batches]
+        try:
+            found = fit_head(self.model, batches, self._logits)
+        except ValueError as error:
+            if not self.args.zo_auto:
+                raise
+            raise ValueError(f"zo_method='auto' cannot fit the output layer: set zo_method='zo_act'. {error}") from error
+        logger.info("The output layer: %s", _told(found.facts))
+        if self.args.zo_fit_depth:
+            try:
+                logger.info("The middle blocks: %s", _told(self._fit_depth(batches, found)))
+            except DepthError as error:
+                if not self._chose_depth:
                     raise
-                raise ValueError(f"zo_method='auto' cannot fit the output layer: set zo_method='zo_act'. {error}") from error
-            logger.info("The output layer: %s", _told(found.facts))
-            if self.args.zo_fit_depth:
-                try:
-                    logger.info("The middle blocks: %s", _told(self._fit_depth(batches, found)))
-                except DepthError as error:
-                    if not self._chose_depth:
-                        raise
-                    self.args.zo_fit_depth = False
-                    logger.warning("zo_method='auto' leaves the middle blocks as they are. %s", error)
+                self.args.zo_fit_depth = False
+                logger.warning("zo_method='auto' leaves the middle blocks as they are. %s", error)
 
     def _fit_depth(self, batches: list[dict[str, Any]], found: HeadFit) -> dict[str, float]:
         """Continue the fit in the middle blocks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -749,10 +750,16 @@ def test_an_adapter_that_was_trained_is_not_fitted_again(tmp_path: Path, caplog:
     assert_same_weights(weights_of(again.model), before)
 
 
-def test_a_fit_that_was_interrupted_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = automatic(tmp_path, Encoded(), OptionCollator(Pad()), remove_unused_columns=False)  # type: ignore[arg-type]
+def choosing(folder: Path) -> ZOTrainer:
+    return automatic(folder, Encoded(), OptionCollator(Pad()), remove_unused_columns=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [choosing, lambda folder: classifying(folder, 3, per_device_train_batch_size=4)])
+def test_a_fit_that_was_interrupted_is_made_again(
+    make: Callable[[Path], ZOTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = make(tmp_path), make(tmp_path)
     whole.train()
-    broken = automatic(tmp_path, Encoded(), OptionCollator(Pad()), remove_unused_columns=False)  # type: ignore[arg-type]
 
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -762,9 +769,7 @@ def test_a_fit_that_was_interrupted_is_made_again(tmp_path: Path, monkeypatch: p
         with pytest.raises(KeyboardInterrupt):
             broken.train()
     broken.train()
-    assert_same_weights(trained_of(broken.model), trained_of(whole.model))
-    changes = [b @ a for a, b in (factors_of(output_layer(run.model)) for run in (broken, whole))]  # type: ignore[arg-type]
-    torch.testing.assert_close(*changes, atol=1e-6, rtol=0)
+    assert_same_weights(weights_of(broken.model), weights_of(whole.model))
 
 
 def test_an_adapter_of_too_low_a_rank_is_named(caplog: pytest.LogCaptureFixture) -> None:
