@@ -272,7 +272,7 @@ def test_a_classifier_that_is_trained_already_stays_as_it_was(family: str, caplo
 
 
 class Answered(Dataset):
-    """Prompts and answers of two tokens: one of 40 that the prompt's last token tells, or any other, then always 50."""
+    """Prompts and answers of two tokens: 30 or 31, as the prompt's last token tells, or any other; then always 50."""
 
     def __init__(self, rows: int = 80) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -290,18 +290,9 @@ class Answered(Dataset):
         return self.rows[i]
 
 
-def answered(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch, padded right."""
-    ids, labels = (
-        nn.utils.rnn.pad_sequence([r[key] for r in rows], batch_first=True, padding_value=value)
-        for key, value in (("input_ids", 0), ("labels", -100))
-    )
-    return {"input_ids": ids, "labels": labels, "attention_mask": (ids > 0).long()}
-
-
 def answered_batches() -> list[dict[str, Any]]:
     data = Answered()
-    return [answered([data[i] for i in range(start, start + 8)]) for start in range(0, len(data), 8)]
+    return [collate([data[i] for i in range(start, start + 8)]) for start in range(0, len(data), 8)]
 
 
 def answer_loss(model: nn.Module) -> float:
@@ -457,11 +448,11 @@ def test_a_saved_adapter_holds_no_embedding_and_is_taken_up_without_a_new_fit(tm
     assert trained_of(again.model).keys() == trained_of(run.model).keys()
 
 
-def assert_resumed_equals_whole(tmp_path: Path, **more: Any) -> None:
+def assert_resumed_equals_whole(tmp_path: Path, make: Callable[..., ZOTrainer] = trainer, **more: Any) -> None:
     more = {"save_strategy": "steps", "save_steps": 2, **more}
-    whole = trainer(tmp_path / "a", **more)
+    whole = make(tmp_path / "a", **more)
     whole.train()
-    resumed = trainer(tmp_path / "b", **more)
+    resumed = make(tmp_path / "b", **more)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
 
@@ -525,9 +516,9 @@ def test_passes_before_the_first_step_are_counted(tmp_path: Path) -> None:
 
 
 def answering(folder: Path, **more: Any) -> ZOTrainer:
-    settings = {"zo_method": "zo_act", "zo_act_samples": 8, "zo_head_samples": 80, "max_steps": 4, "zo_save_weights": False}
+    settings = {"zo_method": "zo_act", "zo_act_samples": 8, "zo_head_samples": 80, "max_steps": 4}
     arguments = ZOTrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **{**settings, **more})
-    return ZOTrainer(tiny_llama(), arguments, train_dataset=Answered(), data_collator=answered)
+    return ZOTrainer(tiny_llama(), arguments, train_dataset=Answered(), data_collator=collate)
 
 
 def test_the_trainer_fits_the_output_layer_of_a_model_that_answers_freely(tmp_path: Path) -> None:
@@ -541,12 +532,7 @@ def test_the_trainer_fits_the_output_layer_of_a_model_that_answers_freely(tmp_pa
 
 
 def test_a_resumed_run_with_free_answers_equals_the_whole_one(tmp_path: Path) -> None:
-    more: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
-    whole = answering(tmp_path / "a", **more)
-    whole.train()
-    resumed = answering(tmp_path / "b", **more)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+    assert_resumed_equals_whole(tmp_path, answering, zo_save_weights=False)
 
 
 def test_middle_blocks_do_not_answer_freely(tmp_path: Path) -> None:
@@ -598,7 +584,7 @@ def test_auto_fits_the_output_layer_of_a_model_that_chooses_among_options(tmp_pa
 @pytest.mark.parametrize(
     ("data", "collator", "more"),
     [
-        (Answered(), answered, {}),
+        (Answered(), collate, {}),
         (Encoded(second_token=7), OptionCollator(Pad()), {"remove_unused_columns": False}),  # type: ignore[arg-type]
     ],
     ids=["free answers", "options that vary"],
@@ -662,7 +648,7 @@ def test_auto_does_not_leave_out_what_is_asked_for(tmp_path: Path) -> None:
 
 def test_auto_names_a_fit_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="zo_fit_depth=True goes on from a fit of the output layer, which zo_method='auto'"):
-        automatic(tmp_path, Answered(), answered, zo_fit_depth=True)
+        automatic(tmp_path, Answered(), collate, zo_fit_depth=True)
 
 
 def test_auto_keeps_what_is_asked_for(tmp_path: Path) -> None:
