@@ -50,18 +50,17 @@ class Arm:
     curvzo_share: float | None = None
 
     @property
-    def needs_options(self) -> bool:
-        """Whether it fits an output layer, which chooses among options; tasks with free answers have none."""
+    def fits_head(self) -> bool:
+        """Whether it fits the output layer."""
         return "zo_head_samples" in self.settings
 
+    @property
+    def needs_options(self) -> bool:
+        """Whether it fits middle blocks, whose directions tell options apart; tasks with free answers have none."""
+        return "zo_fit_depth" in self.settings
 
-WITHOUT_OPTIONS = {
-    "linear-probe": "zero-shot",
-    "depth-probe": "zero-shot",
-    "mezo-probe": "mezo",
-    "zo-act-probe": "zo-act",
-    "auto": "zo-act",
-}
+
+WITHOUT_OPTIONS = {"depth-probe": "linear-probe", "auto": "zo-act-probe"}
 """What an arm that needs options is where a task has none."""
 
 WITHOUT_STEPS = {"auto": "depth-probe"}

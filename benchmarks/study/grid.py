@@ -171,7 +171,7 @@ class Grid:
         chosen = {**MODELS[self.model], **lora, **FORMS[cell.form]}
         if self._is_mixed(cell):
             chosen["dtype"] = "float32"
-        if self.arms[cell.arm].needs_options and chosen["head"] == "lm":
+        if self.arms[cell.arm].fits_head and chosen["head"] == "lm":
             chosen["lora_target_modules"] = [*chosen["lora_target_modules"], "lm_head"]
         return ModelArguments(str(folder), **chosen)
 

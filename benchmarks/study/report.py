@@ -133,9 +133,10 @@ def stand_ins(task: str, of_table: Sequence[Outcome]) -> list[Outcome]:
     found = []
     for arm, fit in WITHOUT_STEPS.items():
         same = by_arm.get(on_task(arm, task))
-        if same is None and fit in by_arm:
-            spent = all(cell["forward_passes"] >= cell["config"]["budget"] for cell in by_arm[fit].cells)
-            same = by_arm[fit] if spent else None
+        fitted = by_arm.get(on_task(fit, task))
+        if same is None and fitted is not None:
+            spent = all(cell["forward_passes"] >= cell["config"]["budget"] for cell in fitted.cells)
+            same = fitted if spent else None
         if same is not None and same.arm != arm:
             found.append(replace(same, arm=arm, label=ARMS[arm].label, same_as=same.label))
     return found
@@ -178,7 +179,7 @@ def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tup
         if len(of_tasks) < 2:
             continue
         for arm, label in {o.arm: o.label for by_arm in of_tasks.values() for o in by_arm.values()}.items():
-            same = [by_arm.get(on_task(arm, task)) for (_, task), by_arm in of_tasks.items()]
+            same = [by_arm.get(arm, by_arm.get(on_task(arm, task))) for (_, task), by_arm in of_tasks.items()]
             there = [o for o in same if o is not None]
             seeds = set.intersection(*(set(o.scores) for o in there)) if len(there) == len(of_tasks) else set()
             if seeds:

@@ -118,30 +118,30 @@ def test_means_over_tasks_are_of_arms_that_ran_on_all_of_them():
 
 def test_where_a_task_has_no_options_a_probed_arm_counts_as_what_is_left_of_it():
     def three(arm, score, task, form="base"):
-        return [*tuned(arm, {1: 0.5}, task=task, form=form), cell(arm, score, task=task, form=form)]
+        return [*tuned(arm, {1: 0.5}, task=task, form=form), cell(arm, score, task=task, form=form, forwards=10)]
 
-    sst2 = [*three("zo-act", 0.7, "sst2"), *three("zo-act-probe", 0.9, "sst2"), *three("mezo", 0.6, "sst2", "lora")]
-    squad = [*three("zo-act", 0.4, "squad"), *three("mezo", 0.2, "squad", "lora")]
+    sst2 = [*three("linear-probe", 0.7, "sst2"), *three("depth-probe", 0.9, "sst2"), *three("mezo", 0.6, "sst2", "lora")]
+    squad = [*three("linear-probe", 0.4, "squad"), *three("mezo", 0.2, "squad", "lora")]
     for order in (sst2 + squad, squad + sst2):
         means = over_tasks(outcomes(order))["smollm2", "lora"]
-        assert {o.arm: pytest.approx(o.scores[1]) for o in means} == {"mezo": 40, "zo-act": 55, "zo-act-probe": 65}
-    rte = [*three("zo-act", 0.6, "rte"), *three("mezo", 0.5, "rte", "lora")]  # has options: the probed arm was not run
+        assert {o.arm: pytest.approx(o.scores[1]) for o in means} == {"mezo": 40, "linear-probe": 55, "depth-probe": 65}
+    rte = [*three("linear-probe", 0.6, "rte"), *three("mezo", 0.5, "rte", "lora")]  # has options: the probed arm was not run
     means = over_tasks(outcomes(sst2 + squad + rte))["smollm2", "lora"]
-    assert {o.arm for o in means} == {"mezo", "zo-act"}
+    assert {o.arm for o in means} == {"mezo", "linear-probe"}
 
 
-def test_the_recipe_is_its_fit_where_that_takes_the_budget_and_zo_act_where_there_are_no_options():
+def test_the_recipe_is_its_fit_where_that_takes_the_budget():
     def two(arm, score, task, form="base", **more):
         final = [cell(arm, score + seed / 100, seed=seed, task=task, form=form, **more) for seed in (1, 2)]
         return [*tuned(arm, {1: 0.5}, task=task, form=form), *final]
 
     sst2 = [*two("depth-probe", 0.8, "sst2", forwards=30), *two("mezo", 0.6, "sst2", "lora")]
-    squad = [*two("zo-act", 0.4, "squad"), *two("depth-probe", 0.1, "squad"), *two("mezo", 0.2, "squad", "lora")]
+    squad = [*two("linear-probe", 0.4, "squad", forwards=30), *two("mezo", 0.2, "squad", "lora")]
     tables = outcomes(sst2 + squad)
     found = {task: {o.arm: o for o in of_table} for (_, task, _), of_table in tables.items()}
     assert found["sst2"]["auto"].scores == found["sst2"]["depth-probe"].scores
-    assert found["squad"]["auto"].scores == found["squad"]["zo-act"].scores
-    assert "| the recipe, zo_method=auto (here: ZO-Act) | 41.5 ± 0.5 |" in page(sst2 + squad, {})
+    assert found["squad"]["auto"].scores == found["squad"]["linear-probe"].scores
+    assert "| the recipe, zo_method=auto (here: linear probe) | 41.5 ± 0.5 |" in page(sst2 + squad, {})
     assert {o.arm: pytest.approx(o.scores[1]) for o in over_tasks(tables)["smollm2", "lora"]}["auto"] == 61
     claims = [Claim("", "", "auto", other) for other in ("mezo", "depth-probe")]
     of_sst2 = list(outcomes(sst2).values())
