@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -162,30 +163,35 @@ def outcome(group: Sequence[Result]) -> Outcome:
     )
 
 
-def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tuple[str, str], list[Outcome]]:
-    """Means over the tasks of a model that the baseline was run on, in all its grids, by (model, form).
+def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tuple[str, str, tuple[str, ...]], list[Outcome]]:
+    """Means over tasks of a model, in all its grids, by (model, form, tasks): one list for every set of tasks of an arm.
 
-    They are of the arms and seeds that were run on all of them.
-
-    Where a task has no options, `WITHOUT_OPTIONS` tells which arm stands for one that needs them.
+    Tasks are those that the baseline was run on. A list has all arms that were run on its tasks, over the seeds that they were
+    run with on each. Where a task has no options, `WITHOUT_OPTIONS` tells which arm stands for one that needs them.
     """
     by_model: dict[tuple[str, str], dict[tuple[str, str], dict[str, Outcome]]] = {}
     for (grid, task, form), of_table in tables.items():
         model = next((cell["config"]["model"] for o in of_table if o.arm == BASELINE for cell in o.cells), None)
         if model is not None:
             by_model.setdefault((model, form), {})[grid, task] = {o.arm: o for o in of_table}
-    found: dict[tuple[str, str], list[Outcome]] = {}
-    for key, of_tasks in by_model.items():
-        if len(of_tasks) < 2:
-            continue
-        for arm, label in {o.arm: o.label for by_arm in of_tasks.values() for o in by_arm.values()}.items():
-            same = [by_arm.get(arm, by_arm.get(on_task(arm, task))) for (_, task), by_arm in of_tasks.items()]
-            there = [o for o in same if o is not None]
-            seeds = set.intersection(*(set(o.scores) for o in there)) if len(there) == len(of_tasks) else set()
-            if seeds:
-                scores = {seed: fmean(o.scores[seed] for o in there) for seed in sorted(seeds)}
-                cells = [cell for o in there for cell in o.cells]
-                found.setdefault(key, []).append(Outcome(arm, label, None, False, None, scores, cells=cells))
+    found: dict[tuple[str, str, tuple[str, ...]], list[Outcome]] = {}
+    for (model, form), of_tasks in by_model.items():
+        labels = {o.arm: o.label for by_arm in of_tasks.values() for o in by_arm.values()}
+        there: dict[str, dict[tuple[str, str], Outcome]] = {arm: {} for arm in labels}
+        for arm, place in itertools.product(labels, of_tasks):
+            same = of_tasks[place].get(arm, of_tasks[place].get(on_task(arm, place[1])))
+            if same is not None and same.scores:
+                there[arm][place] = same
+        sets = sorted({tuple(t) for t in there.values() if len(t) > 1}, key=len, reverse=True)
+        for places in sets:
+            for arm, label in labels.items():
+                parts = [there[arm][place] for place in places if place in there[arm]]
+                seeds = set.intersection(*(set(o.scores) for o in parts)) if len(parts) == len(places) else set()
+                if seeds:
+                    scores = {seed: fmean(o.scores[seed] for o in parts) for seed in sorted(seeds)}
+                    cells = [cell for o in parts for cell in o.cells]
+                    mean = Outcome(arm, label, None, False, None, scores, cells=cells)
+                    found.setdefault((model, form, tuple(task for _, task in places)), []).append(mean)
     return found
 
 
@@ -279,9 +285,8 @@ def page(results: Sequence[Result], figures: Mapping[str, str]) -> str:
     parts = [_INTRODUCTION]
     if not tables:
         parts.append("No cell has been run yet.")
-    for (model, form), means in over_tasks(tables).items():
-        tasks = ", ".join(dict.fromkeys(cell["config"]["task"] for o in means for cell in o.cells))
-        parts.append(f"## Mean of {tasks}: {model}, {form}\n\n{table(means, tuned=False)}")
+    for (model, form, tasks), means in over_tasks(tables).items():
+        parts.append(f"## Mean of {', '.join(tasks)}: {model}, {form}\n\n{table(means, tuned=False)}")
     for grid in dict.fromkeys(key[0] for key in tables):
         of_grid = next(r["config"] for r in results if r["config"]["grid"] == grid)
         parts.append(f"## {grid}\n\n{_conditions(of_grid)}")

@@ -110,8 +110,8 @@ def test_means_over_tasks_are_of_arms_that_ran_on_all_of_them():
     results = [*RESULTS, *other, *begun, cell("lozo", 0.6, **rte)]
     means = over_tasks(outcomes(results))
     assert "## Mean of rte, sst2: smollm2, lora" in page(results, {})
-    assert list(means) == [("smollm2", "lora")]
-    (mezo,) = means["smollm2", "lora"]
+    assert list(means) == [("smollm2", "lora", ("rte", "sst2"))]
+    ((mezo,),) = means.values()
     assert mezo.arm == "mezo"
     assert mezo.scores == {1: pytest.approx(60.5), 2: pytest.approx(62)}
 
@@ -123,11 +123,14 @@ def test_where_a_task_has_no_options_a_probed_arm_counts_as_what_is_left_of_it()
     sst2 = [*three("linear-probe", 0.7, "sst2"), *three("depth-probe", 0.9, "sst2"), *three("mezo", 0.6, "sst2", "lora")]
     squad = [*three("linear-probe", 0.4, "squad"), *three("mezo", 0.2, "squad", "lora")]
     for order in (sst2 + squad, squad + sst2):
-        means = over_tasks(outcomes(order))["smollm2", "lora"]
+        (means,) = over_tasks(outcomes(order)).values()
         assert {o.arm: pytest.approx(o.scores[1]) for o in means} == {"mezo": 40, "linear-probe": 55, "depth-probe": 65}
     rte = [*three("linear-probe", 0.6, "rte"), *three("mezo", 0.5, "rte", "lora")]  # has options: the probed arm was not run
-    means = over_tasks(outcomes(sst2 + squad + rte))["smollm2", "lora"]
-    assert {o.arm for o in means} == {"mezo", "linear-probe"}
+    means = over_tasks(outcomes(sst2 + squad + rte))
+    assert {tasks: {o.arm for o in of_tasks} for (_, _, tasks), of_tasks in means.items()} == {
+        ("rte", "squad", "sst2"): {"mezo", "linear-probe"},
+        ("squad", "sst2"): {"mezo", "linear-probe", "depth-probe"},
+    }
 
 
 def test_the_recipe_is_its_fit_where_that_takes_the_budget():
@@ -142,7 +145,7 @@ def test_the_recipe_is_its_fit_where_that_takes_the_budget():
     assert found["sst2"]["auto"].scores == found["sst2"]["depth-probe"].scores
     assert found["squad"]["auto"].scores == found["squad"]["linear-probe"].scores
     assert "| the recipe, zo_method=auto (here: linear probe) | 41.5 ± 0.5 |" in page(sst2 + squad, {})
-    assert {o.arm: pytest.approx(o.scores[1]) for o in over_tasks(tables)["smollm2", "lora"]}["auto"] == 61
+    assert {o.arm: pytest.approx(o.scores[1]) for o in over_tasks(tables)["smollm2", "lora", ("squad", "sst2")]}["auto"] == 61
     claims = [Claim("", "", "auto", other) for other in ("mezo", "depth-probe")]
     of_sst2 = list(outcomes(sst2).values())
     assert [verdict(claim, of_sst2)[0].partition(" points")[0] for claim in claims] == ["+20.0 ± 0.0", ""]
