@@ -62,8 +62,9 @@ class ZOTrainingArguments(TrainingArguments):
     Args:
         zo_method (`str`, defaults to `"mezo"`):
             Gradient estimator, a key of `hf_zo.estimators.METHODS`; or `"auto"`: ZO-Act, after the output layer and, for up to
-            5 options, middle blocks are fitted to 1,000 training rows (`zo_head_samples`, `zo_fit_depth`) where that can be,
-            for classifiers and for prompts whose options differ in their last token alone.
+            5 options, middle blocks are fitted to 1,000 training rows (`zo_head_samples`, `zo_fit_depth`) where that can be:
+            for classifiers, prompts whose options differ in their last token alone, and (the output layer) rows whose
+            ``labels`` are token ids.
         zo_eps (`float`, *optional*):
             Smoothing radius. Default: 1e-3 for full-parameter runs, 1e-2 for LoRA, 1e-1 for prefix and prompt tuning, the
             values of MeZO's published runs. Smaller is less biased and noisier; below 1e-4 it no longer resolves bf16
