@@ -507,7 +507,7 @@ def verify_start(model: nn.Module, params: Mapping[str, torch.Tensor], trajector
     if content_hash(_frozen(model, params)) != trajectory.header["frozen_hash"]:
         raise TrajectoryError(
             f"The frozen weights of this model are not those of the run's base model, {wanted} (content hash). For a ZO-Act "
-            "run, the adapter with its basis has to be the run's own too."
+            "run, the adapter with its basis has to be the run's own too: anew it takes the run's rows, batch size and seed."
         )
     if content_hash(params) != trajectory.header["initial_hash"]:
         raise TrajectoryError(f"The weights of this model are not those the run started from, {wanted} (content hash).")
