@@ -24,6 +24,7 @@ import torch
 from hardware import environment
 from rich.console import Console
 from rich.table import Table
+from study.arms import ARMS
 from study.cell import trainer_of
 from study.grid import Cell
 from study.progress import Folders, rows_of
@@ -40,6 +41,7 @@ SETS = {  # form and arm of the study, and Adam's rate for the first-order steps
     "ZO-Act r 8 on all linear layers": ("base", "zo-act", 3e-4),
     "ZO-Act r 1 on one layer": ("base", "zo-act-one-block", 2e-2),
 }
+GRID = dataclasses.replace(read_grid(HERE / "grids" / "smollm2.yaml"), dtype="float32", arms=ARMS)
 EXAMPLES, BATCH, DIRECTIONS = 48, 16, 10
 
 
@@ -47,7 +49,7 @@ class Space:
     """A model, what of it is trained, and losses and gradients of rows as functions of that."""
 
     def __init__(self, form: str, arm: str, folders: Folders, scratch: str) -> None:
-        grid, task = dataclasses.replace(read_grid(HERE / "grids" / "smollm2.yaml"), dtype="float32"), TASKS["sst2"]
+        grid, task = GRID, TASKS["sst2"]
         cell = Cell("final", "sst2", form, arm, 1.0, seed=1)
         rows = rows_of(grid, cell, folders.data)
         set_seed(1)

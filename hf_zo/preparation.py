@@ -67,14 +67,16 @@ class Preparation(EngineRuns):
         if args.zo_auto:
             collator, data = self._given
             possible = args.zo_runtime == "torch" and data is not None
-            options = fittable(model, collator, drawn(data, AUTO_HEAD_SAMPLES)) if possible else None
+            wanted = args.zo_head_samples or AUTO_HEAD_SAMPLES
+            options = fittable(model, collator, drawn(data, wanted)) if possible else None
             if args.zo_fit_depth and not options:
                 raise ValueError(
                     "zo_fit_depth=True goes on from a fit of the output layer, which zo_method='auto' cannot make here: that "
                     "takes a classifier, or prompts whose options differ in their last token alone, rows of several of "
                     "them, and zo_runtime='torch'. Unset it."
                 )
-            args.zo_head_samples = 0 if options is None else AUTO_HEAD_SAMPLES
+            if options is not None:
+                args.zo_head_samples = wanted
             if not args.zo_fit_depth:
                 args.zo_fit_depth = self._chose_depth = 0 < (options or 0) <= AUTO_DEPTH_OPTIONS
             said = "zo_method='auto': ZO-Act, with zo_head_samples=%d and zo_fit_depth=%s."

@@ -22,8 +22,8 @@ Trained = Literal["full", "lora", "prefix"]
 """What is trained: the model's own weights, adapter matrices, or virtual tokens (prefix, prompt and p-tuning)."""
 
 # Learning rate and smoothing radius by method and by what is trained. MeZO: the larger rate of each grid that the
-# paper's authors publish for OPT models (large_models/README of their repository); at 135M parameters 3 to 10 times larger
-# rates still learn.
+# paper's authors publish for OPT models (large_models/README of their repository). LoRA at 135M parameters bears 30 times
+# these for some hundred steps (benchmarks/LEARNING.md).
 RECOMMENDED: dict[str, dict[Trained, tuple[float, float]]] = {
     "mezo": {"full": (1e-6, 1e-3), "lora": (1e-4, 1e-2), "prefix": (1e-2, 1e-1)},
     # The authors' 1e-6 times r = 2, for the estimate over r; adapters are not published: MeZO's.
@@ -43,7 +43,7 @@ RECOMMENDED: dict[str, dict[Trained, tuple[float, float]]] = {
 AFTER_HEAD = {"zo_act": 0.3}
 
 AUTO_HEAD_SAMPLES = 1000  # hidden states of a training row are a few kilobytes, the fit takes seconds
-AUTO_DEPTH_OPTIONS = 5  # the fit of middle blocks takes a pass over these rows for each block and option
+AUTO_DEPTH_OPTIONS = 5  # the fit of middle blocks takes up to a pass over these rows for each block and option
 
 # Layer-wise optimizers update inside the backward pass, which does not exist here.
 _NEEDS_BACKWARD = ("lomo", "adalomo", "layerwise")
@@ -62,16 +62,15 @@ class ZOTrainingArguments(TrainingArguments):
     Args:
         zo_method (`str`, defaults to `"mezo"`):
             Gradient estimator, a key of `hf_zo.estimators.METHODS`; or `"auto"`: ZO-Act, after the output layer and, for up to
-            5 options, middle blocks are fitted to 1,000 training rows (`zo_head_samples`, `zo_fit_depth`) where that can be:
+            5 options, middle blocks are fitted (`zo_head_samples`, here 1,000 rows; `zo_fit_depth`) where that can be:
             for classifiers, prompts whose options differ in their last token alone, and (the output layer) rows whose
             ``labels`` are token ids.
         zo_eps (`float`, *optional*):
             Smoothing radius. Default: 1e-3 for full-parameter runs, 1e-2 for LoRA, 1e-1 for prefix and prompt tuning, the
-            values of MeZO's published runs. Smaller is less biased and noisier; below 1e-4 it no longer resolves bf16
-            weights.
+            values of MeZO's published runs. Smaller is less biased and noisier; bf16 weights do not resolve 1e-4.
         learning_rate (`float`, *optional*):
             Default: by method and by what is trained (`hf_zo.training_args.RECOMMENDED`), because the Trainer's own 5e-5
-            suits no zeroth-order run. The resolved value is logged and saved.
+            suits no zeroth-order run. The resolved value stands in the trainer's `args` and its logs.
         optim (`str`, *optional*):
             Default: `"adamw_torch"` for ZO-Act, else `"sgd"`, which streams one tensor at a time and needs no gradient
             memory. Any other optimizer of the Trainer gets `.grad` filled first, which costs a gradient and the
@@ -90,8 +89,8 @@ class ZOTrainingArguments(TrainingArguments):
             causal ones that answer freely, see `hf_zo.head`.
         zo_fit_depth (`bool`, defaults to `False`):
             After the output layer, fit one direction in every second block from a third to three quarters of the depth: for C
-            options as many forward passes over the `zo_head_samples` rows for each of these blocks, see `hf_zo.depth`. With
-            `zo_act` only.
+            options up to as many forward passes over the `zo_head_samples` rows for each of these blocks, see `hf_zo.depth`.
+            With `zo_act` only.
         zo_per_example (`bool`, defaults to `False`):
             Displace every example of a batch along a direction of its own, for mezo and zo_act on adapters of linear layers.
             As many forward passes, and up to as many times less variance as the batch has examples. No weight is written,
@@ -120,7 +119,7 @@ class ZOTrainingArguments(TrainingArguments):
         zo_trajectory (`bool`, defaults to `True`):
             Log the losses of every step (`hf_zo.trajectory`) in the output folder, and seal the log in every checkpoint.
         zo_save_weights (`bool`, defaults to `True`):
-            `False` makes checkpoints of a few kilobytes: they hold the trajectory, and resuming replays it from the base model.
+            `False` makes checkpoints without weights: they hold the trajectory, and resuming replays it from the base model.
             `save_model` at the end still writes the weights.
         zo_parallel (`str`, defaults to `"data"`):
             Work of several processes: `"data"` measures all probes on different data, `"directions"` shares the probes out
@@ -222,7 +221,7 @@ class ZOTrainingArguments(TrainingArguments):
     zo_act_basis: str = field(default="activations", metadata={"help": "'activations', or 'random' as a control."})
 
     def __post_init__(self) -> None:
-        self.zo_auto = self.zo_method == "auto" and not self.zo_head_samples  # the trainer decides on the output layer
+        self.zo_auto = self.zo_method == "auto"  # the trainer decides on the fits
         if self.zo_method == "auto":
             self.zo_method = "zo_act"
         if self.optim is None:

@@ -4,8 +4,9 @@
 
 Runs that are finished are left out, so the command can be repeated after an interruption. MODEL is what
 `hf-zo demo-model smollm2` writes; the data are the 640 sentences of `examples/demo_data`. A run keeps its card, curve, facts
-and trajectory here; weights and adapters stay in ``runs/``, since base model and trajectory rebuild them. All runs are in fp32
-and short, so that anybody's processor can repeat them.
+and trajectory here; weights and adapters stay in ``runs/``, since base model and trajectory rebuild them (not ZO-Act's,
+whose adapter holds the basis and is too large to be kept here). All runs are in fp32 and short, so that anybody's processor can
+repeat them.
 """
 
 from __future__ import annotations

@@ -640,7 +640,7 @@ def test_auto_keeps_what_is_asked_for(tmp_path: Path) -> None:
         zo_head_samples=8,
         learning_rate=2e-4,
     )
-    assert (run.args.zo_head_samples, run.args.learning_rate) == (8, 2e-4)
+    assert (run.args.zo_head_samples, run.args.learning_rate, run.args.zo_fit_depth) == (8, 2e-4, True)
 
 
 class InTurn(Dataset):

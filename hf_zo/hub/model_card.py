@@ -106,6 +106,7 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
     return {
         "method": method,
         "base": getattr(base.config, "_name_or_path", "") or "",
+        "quantized": getattr(base.config, "quantization_config", None) is not None,
         "adapter": _adapter_facts(model) if adapter else None,
         "model_class": type(base).__name__,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -196,6 +197,8 @@ def render(facts: Mapping[str, Any], figure: str | None, trajectory: str | None)
         cost=[(what, value) for what, value in cost if value is not None],
         usage=_usage(facts, name),
         trajectory=trajectory,
+        quantized=facts.get("quantized", False),
+        replay_from="the base model" + (" and the adapter, which holds the basis," if facts["method"] == "zo_act" else ""),
         replay_base=_shown(facts["base"]) or "BASE",
         limits=(
             "One run with one seed: zeroth-order training varies from seed to seed. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from support import COMBINATIONS, Sentences, collate, tiny_llama, trainer_of
 
 from hf_zo import ModelCardCallback, ZOTrainer, cli
 from hf_zo.estimators import METHODS
-from hf_zo.hub.model_card import _BIBTEX, FACTS_NAME, FIGURE_NAME
+from hf_zo.hub.model_card import _BIBTEX, FACTS_NAME, FIGURE_NAME, render
 
 ABOUT = {"dataset": "user/data", "dataset_name": "Data", "task_type": "text-classification"}
 
@@ -52,6 +53,18 @@ def test_a_card_tells_the_truth(case: str, form: str, tmp_path: Path) -> None:
     (result,) = data.eval_results
     assert (result.metric_type, result.dataset_name) == ("loss", "Data")
     assert result.metric_value == evaluated
+
+
+def test_a_card_says_what_a_replay_takes(tmp_path: Path) -> None:
+    finished(tmp_path, "zo_act")
+    text = (tmp_path / "README.md").read_text()
+    assert "With the base model and the adapter, which holds the basis, they rebuild" in text
+    facts = json.loads((tmp_path / FACTS_NAME).read_text())
+    assert "hf-zo replay" in text
+    assert not facts["quantized"]
+    text = str(render({**facts, "quantized": True}, None, "trajectory.safetensors"))
+    assert "hf-zo replay" not in text  # the command refuses such a base
+    assert 'model = hf_zo.replay(model, hf_zo.Trajectory.read("trajectory.safetensors"))' in text
 
 
 def test_every_method_has_its_reference() -> None:
