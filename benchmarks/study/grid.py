@@ -209,12 +209,14 @@ class Grid:
     def arguments(self, cell: Cell, output_dir: str, steps: int) -> Any:
         """Training arguments of a cell: `ZOTrainingArguments`, or `TrainingArguments` for a first-order arm."""
         arm = self.arms[cell.arm]
+        # Logits of 32 prompts with worked examples are 20 GB.
+        evaluated = 8 if arm.demonstrations else max(32, 2 * self.batch_size)
         common: dict[str, Any] = {
             "output_dir": output_dir,
             "max_steps": steps,
             "learning_rate": arm.rates[cell.form] * cell.multiplier,
             "per_device_train_batch_size": self.batch_size,
-            "per_device_eval_batch_size": max(32, 2 * self.batch_size),
+            "per_device_eval_batch_size": evaluated,
             "lr_scheduler_type": self.schedule,
             "seed": cell.seed,
             "logging_steps": max(1, steps // 100),
