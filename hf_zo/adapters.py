@@ -92,7 +92,7 @@ def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-
         rank_pattern=ranks,
         alpha_pattern=dict(ranks),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen.values()),
-        modules_to_save=list(new_heads(model)) if task_type is None else None,  # else PEFT knows them
+        modules_to_save=list(new_heads(model)) or None,
         task_type=task_type,
     )
     adapted = get_peft_model(model, config)
@@ -135,11 +135,23 @@ def _is_called(name: str, target: str) -> bool:
 
 
 def new_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Heads of a classifier, by name: modules that pre-training has not seen. A language model has none."""
+    """Heads of a classifier, by name: modules that pre-training has not seen. A language model has none.
+
+    Of a model of transformers it is all beside its body, such as DeBERTa's pooler or the `qa_outputs` of question answering.
+    """
     if _head(model) is not None:
         return {}
+    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if isinstance(body, nn.Module) and body is not model:
+        beside = {name: module for name, module in model.named_children() if module is not body}
+        return {name: module for name, module in beside.items() if next(module.parameters(), None) is not None}
     named = {name: getattr(model, name, None) for name in ("classifier", "score")}
     return {name: module for name, module in named.items() if isinstance(module, nn.Module)}
+
+
+def label_number(base: nn.Module) -> int | None:
+    """How many labels a classifier was made for, which a base model alone does not tell; None for other models."""
+    return getattr(getattr(base, "config", None), "num_labels", None) if new_heads(base) else None
 
 
 def _written_by_block(model: nn.Module) -> str:
@@ -243,8 +255,9 @@ def check_basis(model: nn.Module) -> None:
         error = (a @ a.T - torch.eye(len(a), device=a.device)).abs().max()
         if layer.scaling[layer.active_adapters[0]] != 1 or error > tolerance:
             raise ValueError(
-                f"zo_method='zo_act': the adapter on {name} has no activation basis (an orthonormal A and lora_alpha = r). "
-                "Pass the base model, which gets its adapter at the start of training, or the adapter of an earlier zo_act run."
+                f"zo_method='zo_act' or 'auto': the adapter on {name} has no activation basis (an orthonormal A and "
+                "lora_alpha = r). Pass the base model, which gets its adapter at the start of training, or the adapter of an "
+                "earlier such run; an adapter of your own is trained by zo_method='mezo'."
             )
     if not layers:
         raise ValueError("zo_method='zo_act' trains a LoRA adapter, and this PEFT model has none; pass the base model.")

@@ -78,7 +78,8 @@ def replay_to(base: str, file: Path, output: Path, until: int | None, approximat
     if cls is None:
         raise UsageError(f"the run's model class {about['class']} is not part of transformers; call hf_zo.replay in Python.")
     try:
-        model: Any = cls.from_pretrained(base, dtype=getattr(torch, about["dtype"]))
+        labels = {"num_labels": about["num_labels"]} if about.get("num_labels") else {}
+        model: Any = cls.from_pretrained(base, dtype=getattr(torch, about["dtype"]), **labels)
     except (OSError, ValueError) as error:
         raise UsageError(f"the base model {base!r} cannot be loaded as {about['class']}: {error}") from error
     if header["adapter"] is not None:

@@ -85,9 +85,18 @@ def contributions(
     return items / (labels.ne(-100).sum() if num_items is None else num_items)
 
 
+_NO_CLASSES = "zo_objective='accuracy' needs one class as the label of each example or token; set it to 'loss'."
+
+
 def accuracy(trainer: Any, model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """One minus the share of right predictions: per example for options and classes, per label token for language models."""
-    labels = inputs["labels"]
+    """One minus the share of right predictions: per example for options and classes, per label token for language models.
+
+    Raises:
+        ValueError: if labels are missing, or no classes, such as the numbers of a regression or several labels at once.
+    """
+    labels = inputs.get("labels")
+    if labels is None:
+        raise ValueError(_NO_CLASSES)
     _, outputs = trainer.compute_loss(model, dict(inputs), return_outputs=True)
     logits = logits_of(outputs)
     if isinstance(labels, OptionLabels):
@@ -97,6 +106,8 @@ def accuracy(trainer: Any, model: nn.Module, inputs: Mapping[str, Any]) -> torch
         predictions, labels = logits[:, :-1].argmax(-1), labels[:, 1:]
     else:
         predictions = logits.argmax(-1)
+        if labels.dtype.is_floating_point or labels.shape != predictions.shape or logits.shape[-1] < 2:
+            raise ValueError(_NO_CLASSES)
     counted = labels.ne(-100)
     right = predictions.eq(labels) & counted
     return 1.0 - right.sum().float() / counted.sum().clamp(min=1)

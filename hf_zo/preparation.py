@@ -64,6 +64,8 @@ class Preparation(EngineRuns):
 
     def _with_basis_adapter(self, model: nn.Module, args: ZOTrainingArguments) -> nn.Module:
         """Before the Trainer sees the model: a quantised one is refused without an adapter."""
+        if isinstance(model, PeftModel):
+            check_basis(model)
         if args.zo_auto:
             collator, data = self._given
             possible = args.zo_runtime == "torch" and data is not None
@@ -82,7 +84,6 @@ class Preparation(EngineRuns):
             said = "zo_method='auto': ZO-Act, with zo_head_samples=%d and zo_fit_depth=%s."
             logger.info(said, args.zo_head_samples, args.zo_fit_depth)
         if isinstance(model, PeftModel):
-            check_basis(model)
             freeze_basis(model)
             self._calibrated = True
             return model
@@ -128,7 +129,7 @@ class Preparation(EngineRuns):
     def _calibrate(self) -> None:
         """Make ZO-Act's basis from training rows, the same on every process, and leave all random states alone."""
         if self.args.zo_act_basis == "random":
-            draw_basis(self.model, int(self.args.zo_seed or 0))
+            draw_basis(self.model, self.args.direction_seed)
             self._calibrated = True
             return
         with evaluation_mode(self.model), Randomness(self.model.parameters()):
@@ -137,7 +138,7 @@ class Preparation(EngineRuns):
                 self.model,
                 batches,
                 self.plain_forward,
-                seed=int(self.args.zo_seed or 0),
+                seed=self.args.direction_seed,
                 exclude_first_token=self.args.zo_act_exclude_first_token,
             )
         self._calibrated = True
@@ -168,8 +169,8 @@ class Preparation(EngineRuns):
 
     def _fit(self) -> None:
         batches = self.training_batches(self.args.zo_head_samples)
-        if self.args.zo_fit_depth:
-            batches = [numbered(batch, 0) if "input_ids" in batch else batch for batch in batches]
+        if self.args.zo_fit_depth:  # options are put together anew, and their tokens have to be known by example
+            batches = [numbered(batch, 0) if isinstance(batch.get("labels"), OptionLabels) else batch for batch in batches]
         batches = [self._prepare_inputs(batch) for batch in batches]
         try:
             found = fit_head(self.model, batches, self._logits)
@@ -198,22 +199,29 @@ class Preparation(EngineRuns):
         if getattr(batches[0]["labels"], "ndim", 1) > 1:
             raise DepthError("zo_fit_depth=True moves the scores of classes or options, and answers are free text. Unset it.")
         mask: torch.Tensor | None = None
+        size: int | None = None  # of a batch of which each example has as many tokens
         options = found.left_out.shape[1]
 
         def scores(batch: Mapping[str, Any]) -> torch.Tensor:
-            nonlocal mask
+            nonlocal mask, size
             mask, labels = batch.get("attention_mask"), batch["labels"]
+            size = None if isinstance(labels, OptionLabels) else len(labels)
             logits = self._logits(batch)
             # Of options of several tokens there are columns to spare.
             return option_scores(logits, labels)[:, :options] if isinstance(labels, OptionLabels) else logits
 
         def rows(tokens: int) -> torch.Tensor:
             row = torch.full((tokens,), -1, device=self.args.device)
-            for begin, end, example in self._packing.runs(tokens):
-                row[begin:end] = example
+            if size is None:
+                for begin, end, example in self._packing.runs(tokens):
+                    row[begin:end] = example
+            elif tokens % size:
+                raise DepthError(f"zo_fit_depth=True: a layer sees {tokens} tokens of {size} examples. Unset it.")
+            else:
+                row = torch.arange(size, device=self.args.device).repeat_interleave(tokens // size)
             return row if mask is None or mask.numel() != tokens else row.where(mask.flatten().bool(), -1)
 
-        return fit_depth(attention_outputs(self.model), batches, found, scores, rows, seed=int(self.args.zo_seed or 0))
+        return fit_depth(attention_outputs(self.model), batches, found, scores, rows, seed=self.args.direction_seed)
 
     def training_batches(self, wanted: int) -> list[dict[str, Any]]:
         """``wanted`` training rows, collated and on the device, in batches of the training's size."""

@@ -82,6 +82,8 @@ class ZOTrainerMixin(Measurement):
                 "derives from it, such as `class MyConfig(ZOTrainingArguments, SFTConfig)`."
             )
         args = copy.copy(args)  # what is left unset is set below, for this model
+        if args.zo_auto:
+            args.zo_method = "zo_act"
         if objective_fn is not None and args.zo_objective != "loss":
             raise ValueError(f"objective_fn and zo_objective={args.zo_objective!r} exclude each other; give one of them.")
         if objective_fn is not None and args.zo_per_example:
@@ -137,11 +139,11 @@ class ZOTrainerMixin(Measurement):
         if self.args.zo_eps is None:
             self.args.zo_eps = eps
         logger.info(
-            "%s with learning_rate=%g, zo_eps=%g, zo_seed=%s",
+            "%s with learning_rate=%g, zo_eps=%g, seed of directions %s",
             self.args.zo_method,
             self.args.learning_rate,
             self.args.zo_eps,
-            self.args.zo_seed,
+            self.args.direction_seed,
         )
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -194,6 +196,8 @@ class ZOTrainerMixin(Measurement):
         inner = self.optimizer
         if inner is None and (self.args.optim != "sgd" or self.optimizer_cls_and_kwargs is not None):
             inner = super().create_optimizer()
+        if inner is not None:
+            _leave_out_frozen(inner, list(params.values()))
         decayed = set(self.get_decay_parameter_names(model))
         groups = [
             {"params": chosen, "lr": self.args.learning_rate, "weight_decay": decay}
@@ -281,7 +285,11 @@ class ZOTrainerMixin(Measurement):
         empty_cache_steps = self.args.torch_empty_cache_steps
         if empty_cache_steps is not None and self.state.global_step % empty_cache_steps == 0:
             clear_device_cache()
-        # A skipped step reports the loss of the step before it, never 0; zo/skipped_steps tells them apart.
+        # A skipped step reports the loss of the step before it; zo/skipped_steps tells them apart. The very first has only its
+        # own finite losses, and without any 0: the Trainer adds losses up, and NaN would stay in the sum for good.
+        if math.isnan(self._last_loss):
+            finite = [loss for loss in losses_of_step if math.isfinite(loss)]
+            return torch.tensor(sum(finite) / max(len(finite), 1), device=self.args.device)
         return torch.tensor(self._last_loss, device=self.args.device)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -309,13 +317,14 @@ class ZOTrainerMixin(Measurement):
 
         Args:
             *args: the Trainer's, without effect.
-            **kwargs: the Trainer's; ``license``, ``model_name``, ``dataset_tags`` (the data set's id on the Hub) and
-                ``dataset`` (its name) are used.
+            **kwargs: the Trainer's; ``license``, ``model_name``, ``tasks``, ``dataset_tags`` (the data set's id on the Hub)
+                and ``dataset`` (its name) are used.
         """
         if self.is_world_process_zero() and isinstance(getattr(self.optimizer, "optimizer", self.optimizer), ZOOptimizer):
             told = {
                 "license": kwargs.get("license"),
                 "model_name": kwargs.get("model_name"),
+                "task_type": kwargs.get("tasks"),
                 "dataset": kwargs.get("dataset_tags"),
                 "dataset_name": kwargs.get("dataset"),
             }
@@ -341,12 +350,15 @@ class ZOTrainerMixin(Measurement):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the step's own numbers to the training logs."""
-        if "loss" in logs and self._metrics_of_step:
+        if "loss" in logs:
             optimizer = self._zo_optimizer
-            scale = self._metrics_of_step["zo/scale"]
-            logs.setdefault("grad_norm", self._metrics_of_step["grad_norm"])  # not every version asks `_get_grad_norm`
-            logs["zo/projected_gradient"] = self._metrics_of_step["zo/projected_gradient"]
-            logs["zo/effective_learning_rate"] = logs.get("learning_rate", optimizer.param_groups[0]["lr"]) * scale
+            if math.isnan(self._last_loss):  # all steps so far were skipped: the sum of their losses tells nothing
+                logs["loss"] = math.nan
+            if self._metrics_of_step:
+                scale = self._metrics_of_step["zo/scale"]
+                logs.setdefault("grad_norm", self._metrics_of_step["grad_norm"])  # not every version asks `_get_grad_norm`
+                logs["zo/projected_gradient"] = self._metrics_of_step["zo/projected_gradient"]
+                logs["zo/effective_learning_rate"] = logs.get("learning_rate", optimizer.param_groups[0]["lr"]) * scale
             logs["zo/forward_passes"] = optimizer.forward_passes
             logs["zo/skipped_steps"] = optimizer.skipped_steps
             if self._packing.real:
@@ -360,6 +372,23 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
     Takes what `Trainer` takes, with `ZOTrainingArguments`, and ``objective_fn`` (see `ZOTrainerMixin`). ``optimizers`` may
     hold any torch optimizer over the model's parameters; it is fed the estimate as ``.grad``.
     """
+
+
+def _leave_out_frozen(inner: torch.optim.Optimizer, trained: Sequence[torch.Tensor]) -> None:
+    """As a first-order optimizer leaves parameters without gradient alone.
+
+    Raises:
+        ValueError: if it lacks some of those that are trained.
+    """
+    known, held = set(trained), 0
+    for group in inner.param_groups:
+        group["params"] = [p for p in group["params"] if p in known]
+        held += len(group["params"])
+    if held < len(known):
+        raise ValueError(
+            f"The optimizer in `optimizers` holds {held} of the {len(known)} tensors that are trained: a method that brings an "
+            "adapter makes new ones. Set `optim`, or pass optimizer_cls_and_kwargs instead."
+        )
 
 
 def trained_kind(model: nn.Module) -> Trained:

@@ -222,7 +222,7 @@ class ZOTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.zo_auto = self.zo_method == "auto"  # the trainer decides on the fits
-        if self.zo_method == "auto":
+        if self.zo_auto:
             self.zo_method = "zo_act"
         if self.optim is None:
             self.optim = "adamw_torch" if self.zo_method == "zo_act" else "sgd"
@@ -234,8 +234,8 @@ class ZOTrainingArguments(TrainingArguments):
                 warnings.warn(f"{name} only serves a backward pass and is turned off.", stacklevel=3)
                 setattr(self, name, False)
         super().__post_init__()
-        if self.zo_seed is None:
-            self.zo_seed = self.seed
+        if self.zo_auto:  # until a trainer decides, so that copies of the arguments stay what they are
+            self.zo_method = "auto"
         if self.n_gpu > 1:
             raise ValueError(
                 f"n_gpu={self.n_gpu}: DataParallel copies the model in every forward. Start one process per GPU with "
@@ -353,15 +353,21 @@ class ZOTrainingArguments(TrainingArguments):
                 "optimizer_cls_and_kwargs=(torch.optim.SGD, {...}) to the trainer."
             )
 
+    @property
+    def direction_seed(self) -> int:
+        """Key of all directions: `zo_seed`, or `seed` as it stands, which a search over hyperparameters may change."""
+        return self.seed if self.zo_seed is None else self.zo_seed
+
     def estimator_kwargs(self) -> dict[str, Any]:
         """The method's keyword arguments: common fields without ``zo_``, the method's own without its prefix.
 
         Fields that are unset are left to the method's default.
         """
         kwargs: dict[str, Any] = {}
-        for name in hyperparameters(self.zo_method):
-            for prefix in ("zo", self.zo_method):
+        method = "zo_act" if self.zo_auto else self.zo_method
+        for name in hyperparameters(method):
+            for prefix in ("zo", method):
                 value = getattr(self, f"{prefix}_{name}", None)
                 if value is not None:
                     kwargs[name] = value
-        return kwargs
+        return {**kwargs, "seed": self.direction_seed}

@@ -31,7 +31,7 @@ from safetensors.torch import load, save, save_file
 from torch import nn
 
 from ._version import __version__
-from .adapters import adapter_key, adapter_values, base_of, new_heads
+from .adapters import adapter_key, adapter_values, base_of, label_number, new_heads
 from .directions import ExampleDirections, Probe, TensorSpec, space_of
 from .estimators import METHODS, Estimate, Estimator, hyperparameters
 from .optimizer import ZOOptimizer
@@ -300,6 +300,7 @@ def header_of(
             "class": type(base).__name__,
             "dtype": str(floating[0]).removeprefix("torch."),
             "quantized": getattr(config, "quantization_config", None) is not None,
+            "num_labels": label_number(base),
         },
         "device": next(iter(params.values())).device.type,
         "method": estimator.name,

@@ -16,7 +16,10 @@ from support import VOCABULARY, Sentences, collate, digest, model_of, tiny_llama
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
@@ -24,7 +27,7 @@ from transformers import (
 )
 
 from hf_zo import ZOTrainer
-from hf_zo.adapters import activation_adapter, adapted_layers, attach, basis_of, calibrate
+from hf_zo.adapters import activation_adapter, adapted_layers, attach, basis_of, calibrate, new_heads
 
 
 def batches(rows: int = 24, size: int = 6) -> list[dict[str, torch.Tensor]]:
@@ -403,6 +406,32 @@ def test_what_is_called_like_a_new_head_is_trained_as_a_whole() -> None:
     assert len(names) == 12  # six linear layers in each of two blocks
     assert not any("classifier" in name for name in names)
     assert any("classifier" in name for name in trained_of(adapted))
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "heads"),
+    [
+        (DebertaV2ForSequenceClassification, DebertaV2Config, ["pooler", "classifier"]),
+        (BertForQuestionAnswering, BertConfig, ["qa_outputs"]),
+    ],
+)
+def test_new_heads_are_saved_with_the_adapter(family: Any, config: Any, heads: list[str], tmp_path: Path) -> None:
+    """Loading a body draws them anew: what is not saved is lost."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = family(config(vocab_size=VOCABULARY, **sizes))
+    assert list(new_heads(model)) == heads
+    model.base_model.save_pretrained(tmp_path / "body")
+    adapted = attach(type(model).from_pretrained(tmp_path / "body"))
+    assert not any(head in name for head in heads for name, _ in adapted_layers(adapted))
+    assert {head for head in heads for name in trained_of(adapted) if f".{head}." in name} == set(heads)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "body"), tmp_path / "adapter")
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        wanted, found = (m.eval()(input_ids=ids).to_tuple() for m in (adapted, again))
+    for a, b in zip(wanted, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_a_wide_layer_gets_its_rank_after_a_narrow_one_with_the_same_input() -> None:

@@ -534,12 +534,14 @@ def whole_texts(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return collate([{**row, "labels": row["input_ids"]} for row in rows])
 
 
-def automatic(folder: Path, data: Any, collator: Any, model: nn.Module | None = None, **more: Any) -> ZOTrainer:
+def automatic(
+    folder: Path, data: Any, collator: Any, model: nn.Module | None = None, kind: type[ZOTrainer] = ZOTrainer, **more: Any
+) -> ZOTrainer:
     arguments = ZOTrainingArguments(
         str(folder), zo_method="auto", zo_act_samples=8, use_cpu=True, report_to="none", **{"max_steps": 2, **more}
     )
     loss = {"compute_loss_func": option_loss} if isinstance(collator, OptionCollator) else {}
-    return ZOTrainer(tiny_llama() if model is None else model, arguments, train_dataset=data, data_collator=collator, **loss)
+    return kind(tiny_llama() if model is None else model, arguments, train_dataset=data, data_collator=collator, **loss)
 
 
 def test_auto_fits_the_output_layer_of_a_model_that_chooses_among_options(tmp_path: Path) -> None:
@@ -611,6 +613,29 @@ def test_auto_makes_the_model_by_model_init(tmp_path: Path) -> None:
         run.train()
         assert (run.args.zo_head_samples, run.args.zo_fit_depth) == (1000, True)
         assert any(p.any() for name, p in head_of(run.model).items() if "lora_B" in name)
+
+
+class Weighted(ZOTrainer):
+    """A loss of one's own, as the documentation of transformers shows it."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        assert set(inputs) == {"input_ids", "attention_mask", "labels"}
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = cross_entropy(outputs.logits, labels, torch.tensor([1.0, 2.0, 3.0]))
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_auto_fits_under_a_loss_of_ones_own(tmp_path: Path) -> None:
+    run = classifying(tmp_path, 3, per_device_train_batch_size=4, kind=Weighted)
+    run.train()
+    assert run.args.zo_fit_depth
+
+
+def test_auto_names_an_adapter_of_ones_own(tmp_path: Path) -> None:
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="an adapter of your own is trained by zo_method='mezo'"):
+        automatic(tmp_path, Answered(), collate, lora)
 
 
 def test_auto_leaves_out_what_the_rows_do_not_suffice_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -100,6 +100,20 @@ def test_accuracy_of_classes(trainer_of):
             assert float(accuracy(trainer, model, batch)) == pytest.approx(wrong / 3)
 
 
+@pytest.mark.parametrize(
+    ("num_labels", "labels"), [(1, [0.5, 1.0, 2.0]), (1, [0, 1, 0]), (3, [[1.0, 0.0, 1.0]] * 3), (2, None)]
+)
+def test_accuracy_without_classes_is_refused(trainer_of, num_labels, labels):
+    tokenizer = make_wordpiece()
+    model = tiny("classes", tokenizer, num_labels=num_labels)
+    encoded = encode_rows(TASKS["sst2"], SST2, tokenizer, 100, "classes")
+    collator = DataCollatorWithPadding(tokenizer)
+    trainer, batch = trainer_of(model, encoded, collator), dict(collator(encoded.examples))
+    batch["labels"] = torch.tensor(labels) if labels is not None else None
+    with pytest.raises(ValueError, match="needs one class as the label"), torch.no_grad():
+        accuracy(trainer, model, batch)
+
+
 def test_accuracy_of_a_causal_lm_is_over_shifted_label_tokens(bpe, trainer_of):
     model = tiny("llama", bpe)
     encoded, collator, batch = squad_batch(bpe)

@@ -178,6 +178,18 @@ def test_any_torch_optimizer_can_be_given(tmp_path: Path) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_given_optimizer_leaves_frozen_tensors_alone(tmp_path: Path) -> None:
+    model = model_of("full")
+    model.get_input_embeddings().requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    settings: dict[str, Any] = {"train_dataset": Sentences(), "data_collator": collate, "optimizers": (optimizer, None)}
+    before = weights_of(model)
+    ZOTrainer(model, arguments_of(tmp_path, "mezo"), **settings).train()
+    assert [name for name, p in weights_of(model).items() if torch.equal(p, before[name])] == ["model.embed_tokens.weight"]
+    with pytest.raises(ValueError, match=r"holds 0 of the \d+ tensors that are trained"):
+        ZOTrainer(tiny_llama(), arguments_of(tmp_path, "zo_act"), **settings).train()
+
+
 def test_out_of_memory_retry_starts_from_clean_weights(tmp_path: Path) -> None:
     """auto_find_batch_size halves the batch after an out-of-memory error in the second probe."""
     trainer = trainer_of(tmp_path, auto_find_batch_size=True, zo_restore="copy", max_steps=3)

@@ -1,7 +1,7 @@
 """ZOTrainingArguments: what cannot work is refused at construction, by name and with the way out."""
 
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
 from transformers import HfArgumentParser
@@ -148,7 +148,8 @@ def test_defaults(make):
     assert args.lr_scheduler_type == "linear"
     assert args.gradient_checkpointing is False
     assert args.logging_nan_inf_filter is False
-    assert args.zo_seed == args.seed == 42
+    assert args.zo_seed is None
+    assert args.direction_seed == args.seed == 42
     assert (args.zo_method, args.zo_direction, args.zo_objective) == ("mezo", "gaussian", "loss")
     assert (args.zo_nonfinite, args.zo_restore, args.zo_parallel) == ("raise", "auto", "data")
     assert args.zo_num_directions is None
@@ -156,9 +157,14 @@ def test_defaults(make):
 
 
 def test_seed_of_the_directions(make):
-    assert make(seed=7).zo_seed == 7
-    assert make(seed=7, zo_seed=0).zo_seed == 0
-    assert make(seed=7, zo_seed=9).zo_seed == 9
+    assert make(seed=7).direction_seed == make(seed=7).estimator_kwargs()["seed"] == 7
+    assert make(seed=7, zo_seed=0).direction_seed == 0
+    assert make(seed=7, zo_seed=9).direction_seed == 9
+    auto = replace(make(zo_method="auto"), seed=8)
+    assert (auto.zo_method, auto.zo_auto) == ("auto", True)
+    assert auto.to_dict()["zo_method"] == "auto"
+    again = replace(make(seed=7), seed=8)  # as a sweep makes them
+    assert again.direction_seed == again.estimator_kwargs()["seed"] == 8
 
 
 @pytest.mark.parametrize("learning_rate", [0, 0.0, 1e-3])
@@ -242,5 +248,5 @@ def test_arguments_survive_serialisation(make):
     args = make(zo_eps=1e-2, zo_clip=1.0)
     found = args.to_dict()
     assert found["zo_eps"] == 1e-2
-    assert found["zo_seed"] == 42
+    assert found["seed"] == 42
     assert "zo_eps" in args.to_json_string()

@@ -330,12 +330,12 @@ def test_the_header_is_readable_json_in_the_metadata(run: Path) -> None:
 @pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "lora"])
 def test_a_head_that_is_drawn_at_every_load_is_stored(adapted: bool, tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
-    BertModel(BertConfig(**sizes, num_labels=2)).save_pretrained(tmp_path / "base")
-    rows = [{"input_ids": torch.tensor([1, 2 + i % 2]), "attention_mask": torch.ones(2), "labels": i % 2} for i in range(8)]
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "base")
+    rows = [{"input_ids": torch.tensor([1, 2 + i % 3]), "attention_mask": torch.ones(2), "labels": i % 3} for i in range(9)]
     ends = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        model: Any = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+        model: Any = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)  # not the default
         if adapted:
             config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
             model = draw_adapter(get_peft_model(model, config), 42)

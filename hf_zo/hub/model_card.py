@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 
 from .._version import __version__
-from ..adapters import base_of
+from ..adapters import base_of, label_number
 from ..estimators import METHODS, hyperparameters
 from ..trajectory import SEALED_NAME
 
@@ -106,6 +106,8 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
     return {
         "method": method,
         "base": getattr(base.config, "_name_or_path", "") or "",
+        "num_labels": label_number(base),
+        "task_type": _TASK_TYPES.get(type(base).__name__.rpartition("For")[2], "text-generation"),
         "quantized": getattr(base.config, "quantization_config", None) is not None,
         "adapter": _adapter_facts(model) if adapter else None,
         "model_class": type(base).__name__,
@@ -131,6 +133,16 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
         **(about or {}),
     }
 
+
+_TASK_TYPES = {
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
+    "MultipleChoice": "multiple-choice",
+    "MaskedLM": "fill-mask",
+    "ImageClassification": "image-classification",
+    "AudioClassification": "audio-classification",
+}
 
 _ZO_ACT = ("zo_act_rank", "zo_act_basis", "zo_act_samples", "zo_act_targets", "zo_act_exclude_first_token")
 
@@ -252,9 +264,10 @@ def _license_of(base: str) -> str | None:
 def _usage(facts: Mapping[str, Any], name: str) -> str:
     cls, base = facts["model_class"], _shown(facts["base"]) or "BASE"
     if facts["adapter"]:
+        labels = f", num_labels={facts['num_labels']}" if facts.get("num_labels") else ""
         return (
             f"from peft import PeftModel\nfrom transformers import {cls}\n\n"
-            f'model = {cls}.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(model, "{name}")'
+            f'model = {cls}.from_pretrained("{base}"{labels})\nmodel = PeftModel.from_pretrained(model, "{name}")'
         )
     return f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{name}")'
 

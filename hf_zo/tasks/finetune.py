@@ -217,7 +217,7 @@ def build_trainer(model_arguments: ModelArguments, data: DataArguments, training
     eval_wanted = training.do_eval or training.eval_strategy != "no"
     eval_rows = load_rows(task, "validation", data.dataset_dir, data.max_eval_samples, seed) if eval_wanted else []
 
-    parts = trainer_parts(model_arguments, task, train_rows, eval_rows, data.max_seq_length, int(training.zo_seed or 0))
+    parts = trainer_parts(model_arguments, task, train_rows, eval_rows, data.max_seq_length, training.direction_seed)
     training.remove_unused_columns = False  # encoded rows carry what the collator needs
     return (ZOTrainer if task.options is not None else _GeneratingTrainer)(
         args=training, callbacks=[_card(task, data.dataset_dir)] if training.do_train else None, **parts

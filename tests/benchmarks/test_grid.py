@@ -128,7 +128,7 @@ def test_variants_of_an_arm(study):
     ours, mezo, first = (
         grid.arguments(Cell("tune", "sst2", "lora", arm, 10, 4), "x", 7) for arm in ("mine", "mezo", "first-order")
     )
-    assert (ours.zo_eps, ours.zo_clip, ours.learning_rate, ours.zo_seed, ours.max_steps) == (0.5, 3.0, 0.1, 4, 7)
+    assert (ours.zo_eps, ours.zo_clip, ours.learning_rate, ours.direction_seed, ours.max_steps) == (0.5, 3.0, 0.1, 4, 7)
     assert (mezo.zo_eps, mezo.zo_clip, mezo.learning_rate) == (None, 3.0, pytest.approx(1e-3))
     assert not hasattr(first, "zo_clip")
     assert grid.arms["mine"].label == "mine"

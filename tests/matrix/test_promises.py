@@ -211,6 +211,23 @@ def test_updates_below_one_ulp_are_not_lost(case: str, dtype: torch.dtype) -> No
     assert along == pytest.approx(1.0, abs=0.02)
 
 
+def test_a_run_whose_first_step_is_skipped_logs_the_losses_of_the_others(tmp_path: Path) -> None:
+    """Promise 9: the Trainer adds losses up, and a NaN would stay in the sum for good."""
+    trainer = trainer_of(tmp_path, "mezo", zo_nonfinite="skip")
+    measure = trainer.compute_loss
+
+    def spoiled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor(math.nan) if trainer.state.global_step == 0 else measure(*args, **kwargs)
+
+    trainer.compute_loss = spoiled
+    trainer.train()
+    first, *others = [e for e in trainer.state.log_history if "loss" in e]
+    assert math.isnan(first["loss"])
+    assert first["zo/skipped_steps"] == 1
+    assert len(others) > 2
+    assert all(math.isfinite(e["loss"]) and e["loss"] > 0 for e in others)
+
+
 @every_combination
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_nonfinite_loss_raises(case: str, form: str, bad: float, tmp_path: Path) -> None:
