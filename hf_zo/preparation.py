@@ -198,27 +198,26 @@ class Preparation(EngineRuns):
             raise DepthError(f"zo_fit_depth=True moves tokens, and a batch holds {', '.join(batches[0])}. Unset it.")
         if getattr(batches[0]["labels"], "ndim", 1) > 1:
             raise DepthError("zo_fit_depth=True moves the scores of classes or options, and answers are free text. Unset it.")
-        mask: torch.Tensor | None = None
-        size: int | None = None  # of a batch of which each example has as many tokens
+        last: Mapping[str, Any] = {}
         options = found.left_out.shape[1]
 
         def scores(batch: Mapping[str, Any]) -> torch.Tensor:
-            nonlocal mask, size
-            mask, labels = batch.get("attention_mask"), batch["labels"]
-            size = None if isinstance(labels, OptionLabels) else len(labels)
+            nonlocal last
+            last, labels = batch, batch["labels"]
             logits = self._logits(batch)
             # Of options of several tokens there are columns to spare.
             return option_scores(logits, labels)[:, :options] if isinstance(labels, OptionLabels) else logits
 
         def rows(tokens: int) -> torch.Tensor:
-            row = torch.full((tokens,), -1, device=self.args.device)
-            if size is None:
+            mask, labels = last.get("attention_mask"), last["labels"]
+            if isinstance(labels, OptionLabels):
+                row = torch.full((tokens,), -1, device=self.args.device)
                 for begin, end, example in self._packing.runs(tokens):
                     row[begin:end] = example
-            elif tokens % size:
-                raise DepthError(f"zo_fit_depth=True: a layer sees {tokens} tokens of {size} examples. Unset it.")
+            elif tokens % len(labels):
+                raise DepthError(f"zo_fit_depth=True: a layer sees {tokens} tokens of {len(labels)} examples. Unset it.")
             else:
-                row = torch.arange(size, device=self.args.device).repeat_interleave(tokens // size)
+                row = torch.arange(len(labels), device=self.args.device).repeat_interleave(tokens // len(labels))
             return row if mask is None or mask.numel() != tokens else row.where(mask.flatten().bool(), -1)
 
         return fit_depth(attention_outputs(self.model), batches, found, scores, rows, seed=self.args.direction_seed)

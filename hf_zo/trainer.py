@@ -194,10 +194,10 @@ class ZOTrainerMixin(Measurement):
         for name, p in params.items():
             p.data = p.data.to(self._dtypes.get(name, p.dtype))
         inner = self.optimizer
-        if inner is None and (self.args.optim != "sgd" or self.optimizer_cls_and_kwargs is not None):
-            inner = super().create_optimizer()
         if inner is not None:
             _leave_out_frozen(inner, list(params.values()))
+        elif self.args.optim != "sgd" or self.optimizer_cls_and_kwargs is not None:
+            inner = super().create_optimizer()
         decayed = set(self.get_decay_parameter_names(model))
         groups = [
             {"params": chosen, "lr": self.args.learning_rate, "weight_decay": decay}
@@ -352,9 +352,9 @@ class ZOTrainerMixin(Measurement):
         """Add the step's own numbers to the training logs."""
         if "loss" in logs:
             optimizer = self._zo_optimizer
-            if math.isnan(self._last_loss):  # all steps so far were skipped: the sum of their losses tells nothing
+            if not self._metrics_of_step:  # all steps so far were skipped: the sum of their losses tells nothing
                 logs["loss"] = math.nan
-            if self._metrics_of_step:
+            else:
                 scale = self._metrics_of_step["zo/scale"]
                 logs.setdefault("grad_norm", self._metrics_of_step["grad_norm"])  # not every version asks `_get_grad_norm`
                 logs["zo/projected_gradient"] = self._metrics_of_step["zo/projected_gradient"]

@@ -177,22 +177,23 @@ def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tup
     found: dict[tuple[str, str, tuple[str, ...]], list[Outcome]] = {}
     for (model, form), of_tasks in by_model.items():
         labels = {o.arm: o.label for by_arm in of_tasks.values() for o in by_arm.values()}
-        there: dict[str, dict[tuple[str, str], Outcome]] = {arm: {} for arm in labels}
-        for arm, place in itertools.product(labels, of_tasks):
-            same = of_tasks[place].get(arm, of_tasks[place].get(on_task(arm, place[1])))
-            if same is not None and same.scores:
-                there[arm][place] = same
+        there = {arm: _where(arm, of_tasks) for arm in labels}
         sets = sorted({tuple(t) for t in there.values() if len(t) > 1}, key=len, reverse=True)
-        for places in sets:
-            for arm, label in labels.items():
-                parts = [there[arm][place] for place in places if place in there[arm]]
-                seeds = set.intersection(*(set(o.scores) for o in parts)) if len(parts) == len(places) else set()
-                if seeds:
-                    scores = {seed: fmean(o.scores[seed] for o in parts) for seed in sorted(seeds)}
-                    cells = [cell for o in parts for cell in o.cells]
-                    mean = Outcome(arm, label, None, False, None, scores, cells=cells)
-                    found.setdefault((model, form, tuple(task for _, task in places)), []).append(mean)
+        for places, (arm, label) in itertools.product(sets, labels.items()):
+            parts = [there[arm][place] for place in places if place in there[arm]]
+            seeds = set.intersection(*(set(o.scores) for o in parts)) if len(parts) == len(places) else set()
+            if seeds:
+                scores = {seed: fmean(o.scores[seed] for o in parts) for seed in sorted(seeds)}
+                cells = [cell for o in parts for cell in o.cells]
+                mean = Outcome(arm, label, None, False, None, scores, cells=cells)
+                found.setdefault((model, form, tuple(task for _, task in places)), []).append(mean)
     return found
+
+
+def _where(arm: str, of_tasks: Mapping[tuple[str, str], Mapping[str, Outcome]]) -> dict[tuple[str, str], Outcome]:
+    """The (grid, task) that an arm, or what stands for it, was run on to the end, with what came of it."""
+    same = {place: by_arm.get(arm, by_arm.get(on_task(arm, place[1]))) for place, by_arm in of_tasks.items()}
+    return {place: o for place, o in same.items() if o is not None and o.scores}
 
 
 def compared(ours: Outcome, baseline: Outcome | None) -> Paired | None:
