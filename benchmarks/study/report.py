@@ -166,34 +166,36 @@ def outcome(group: Sequence[Result]) -> Outcome:
 def over_tasks(tables: Mapping[tuple[str, str, str], list[Outcome]]) -> dict[tuple[str, str, tuple[str, ...]], list[Outcome]]:
     """Means over tasks of a model, in all its grids, by (model, form, tasks): one list for every set of tasks of an arm.
 
-    Tasks are those that the baseline was run on. A list has all arms that were run on its tasks, over the seeds that they were
-    run with on each. Where a task has no options, `WITHOUT_OPTIONS` tells which arm stands for one that needs them.
+    Tasks are those that the baseline was run on, each in the grid that has most arms of it. A list has all arms that were run
+    on its tasks, over the seeds that they were run with on each. Where a task has no options, `WITHOUT_OPTIONS` tells which arm
+    stands for one that needs them.
     """
-    by_model: dict[tuple[str, str], dict[tuple[str, str], dict[str, Outcome]]] = {}
-    for (grid, task, form), of_table in tables.items():
+    by_model: dict[tuple[str, str], dict[str, dict[str, Outcome]]] = {}
+    for (_, task, form), of_table in tables.items():
         model = next((cell["config"]["model"] for o in of_table if o.arm == BASELINE for cell in o.cells), None)
         if model is not None:
-            by_model.setdefault((model, form), {})[grid, task] = {o.arm: o for o in of_table}
+            of_tasks = by_model.setdefault((model, form), {})
+            of_tasks[task] = max(of_tasks.get(task, {}), {o.arm: o for o in of_table}, key=len)
     found: dict[tuple[str, str, tuple[str, ...]], list[Outcome]] = {}
     for (model, form), of_tasks in by_model.items():
         labels = {o.arm: o.label for by_arm in of_tasks.values() for o in by_arm.values()}
         there = {arm: _where(arm, of_tasks) for arm in labels}
         sets = sorted({tuple(t) for t in there.values() if len(t) > 1}, key=len, reverse=True)
-        for places, (arm, label) in itertools.product(sets, labels.items()):
-            parts = [there[arm][place] for place in places if place in there[arm]]
-            seeds = set.intersection(*(set(o.scores) for o in parts)) if len(parts) == len(places) else set()
+        for tasks, (arm, label) in itertools.product(sets, labels.items()):
+            parts = [there[arm][task] for task in tasks if task in there[arm]]
+            seeds = set.intersection(*(set(o.scores) for o in parts)) if len(parts) == len(tasks) else set()
             if seeds:
                 scores = {seed: fmean(o.scores[seed] for o in parts) for seed in sorted(seeds)}
                 cells = [cell for o in parts for cell in o.cells]
                 mean = Outcome(arm, label, None, False, None, scores, cells=cells)
-                found.setdefault((model, form, tuple(task for _, task in places)), []).append(mean)
+                found.setdefault((model, form, tasks), []).append(mean)
     return found
 
 
-def _where(arm: str, of_tasks: Mapping[tuple[str, str], Mapping[str, Outcome]]) -> dict[tuple[str, str], Outcome]:
-    """The (grid, task) that an arm, or what stands for it, was run on to the end, with what came of it."""
-    same = {place: by_arm.get(arm, by_arm.get(on_task(arm, place[1]))) for place, by_arm in of_tasks.items()}
-    return {place: o for place, o in same.items() if o is not None and o.scores}
+def _where(arm: str, of_tasks: Mapping[str, Mapping[str, Outcome]]) -> dict[str, Outcome]:
+    """The tasks that an arm, or what stands for it, was run on to the end, with what came of it."""
+    same = {task: by_arm.get(arm, by_arm.get(on_task(arm, task))) for task, by_arm in of_tasks.items()}
+    return {task: o for task, o in same.items() if o is not None and o.scores}
 
 
 def compared(ours: Outcome, baseline: Outcome | None) -> Paired | None:

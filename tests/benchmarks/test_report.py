@@ -116,6 +116,14 @@ def test_means_over_tasks_are_of_arms_that_ran_on_all_of_them():
     assert mezo.scores == {1: pytest.approx(60.5), 2: pytest.approx(62)}
 
 
+def test_a_task_counts_once_in_a_mean_from_the_grid_with_most_arms():
+    rte = [*tuned("mezo", {1: 0.5}, task="rte"), cell("mezo", 0.4, task="rte")]
+    for name in ("a-longer-run", "the-longer-run"):  # before and after the other grid
+        longer = [*tuned("mezo", {1: 0.5}, grid=name), cell("mezo", 0.99, grid=name)]
+        (means,) = over_tasks(outcomes([*RESULTS, *longer, *rte])).values()
+        assert {o.arm: o.scores[1] for o in means} == {"mezo": pytest.approx((70 + 40) / 2)}
+
+
 def test_where_a_task_has_no_options_a_probed_arm_counts_as_what_is_left_of_it():
     def three(arm, score, task, form="base"):
         return [*tuned(arm, {1: 0.5}, task=task, form=form), cell(arm, score, task=task, form=form, forwards=10)]
