@@ -14,7 +14,7 @@ itself, so smaller steps do not average it out; averaging several directions int
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,3 +157,20 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.skipped_steps = int(state_dict["skipped_steps"])
         self.forward_passes = int(state_dict["forward_passes"])
         self._staged, self._ready = None, False
+
+
+def leave_out_frozen(inner: torch.optim.Optimizer, trained: Sequence[torch.Tensor]) -> None:
+    """Take what is not trained out of a given optimizer: it would leave parameters without gradient alone.
+
+    Raises:
+        ValueError: if it lacks some of those that are trained.
+    """
+    known, held = set(trained), 0
+    for group in inner.param_groups:
+        group["params"] = [p for p in group["params"] if p in known]
+        held += len(group["params"])
+    if held < len(known):
+        raise ValueError(
+            f"The optimizer in `optimizers` holds {held} of the {len(known)} tensors that are trained: a method that brings an "
+            "adapter makes new ones. Set `optim`, or pass optimizer_cls_and_kwargs instead."
+        )

@@ -32,7 +32,7 @@ from .estimators import METHODS, Estimator
 from .hub.callbacks import ZOTrainerCallback, card_of
 from .measurement import Measurement
 from .objectives import OBJECTIVES
-from .optimizer import ZOOptimizer
+from .optimizer import ZOOptimizer, leave_out_frozen
 from .precision import LossesSeen, warn_of_slow_products
 from .runtimes import TorchRuntime
 from .runtimes.remote import Server
@@ -195,7 +195,7 @@ class ZOTrainerMixin(Measurement):
             p.data = p.data.to(self._dtypes.get(name, p.dtype))
         inner = self.optimizer
         if inner is not None:
-            _leave_out_frozen(inner, list(params.values()))
+            leave_out_frozen(inner, list(params.values()))
         elif self.args.optim != "sgd" or self.optimizer_cls_and_kwargs is not None:
             inner = super().create_optimizer()
         decayed = set(self.get_decay_parameter_names(model))
@@ -317,18 +317,15 @@ class ZOTrainerMixin(Measurement):
 
         Args:
             *args: the Trainer's, without effect.
-            **kwargs: the Trainer's; ``license``, ``model_name``, ``tasks``, ``dataset_tags`` (the data set's id on the Hub)
-                and ``dataset`` (its name) are used.
+            **kwargs: the Trainer's; ``license``, ``language``, ``tags``, ``model_name``, ``tasks``, ``dataset_tags`` (the data
+                set's id on the Hub) and ``dataset`` (its name) are used, of lists of the last three the first.
         """
         if self.is_world_process_zero() and isinstance(getattr(self.optimizer, "optimizer", self.optimizer), ZOOptimizer):
-            told = {
-                "license": kwargs.get("license"),
-                "model_name": kwargs.get("model_name"),
-                "task_type": kwargs.get("tasks"),
-                "dataset": kwargs.get("dataset_tags"),
-                "dataset_name": kwargs.get("dataset"),
-            }
-            card_of(self).write(str(self.args.output_dir), **{k: v for k, v in told.items() if isinstance(v, str)})
+            told = {key: kwargs.get(key) for key in ("license", "language", "tags", "model_name")}
+            for key, name in (("task_type", "tasks"), ("dataset", "dataset_tags"), ("dataset_name", "dataset")):
+                value = kwargs.get(name)
+                told[key] = next(iter(value), None) if isinstance(value, list) else value
+            card_of(self).write(str(self.args.output_dir), **{key: value for key, value in told.items() if value is not None})
 
     # ---- reports ---------------------------------------------------------------------------------------------------
 
@@ -372,23 +369,6 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
     Takes what `Trainer` takes, with `ZOTrainingArguments`, and ``objective_fn`` (see `ZOTrainerMixin`). ``optimizers`` may
     hold any torch optimizer over the model's parameters; it is fed the estimate as ``.grad``.
     """
-
-
-def _leave_out_frozen(inner: torch.optim.Optimizer, trained: Sequence[torch.Tensor]) -> None:
-    """As a first-order optimizer leaves parameters without gradient alone.
-
-    Raises:
-        ValueError: if it lacks some of those that are trained.
-    """
-    known, held = set(trained), 0
-    for group in inner.param_groups:
-        group["params"] = [p for p in group["params"] if p in known]
-        held += len(group["params"])
-    if held < len(known):
-        raise ValueError(
-            f"The optimizer in `optimizers` holds {held} of the {len(known)} tensors that are trained: a method that brings an "
-            "adapter makes new ones. Set `optim`, or pass optimizer_cls_and_kwargs instead."
-        )
 
 
 def trained_kind(model: nn.Module) -> Trained:

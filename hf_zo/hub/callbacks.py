@@ -50,14 +50,15 @@ class ModelCardCallback(ZOTrainerCallback):
 
     Args:
         **about: what the trainer cannot know: ``model_name``, ``dataset`` (id on the Hub), ``dataset_name``, ``task_type``
-            (a pipeline tag, default text-generation) and ``license`` (default: the base model's).
+            (a pipeline tag, default: that of the model's class), ``license`` (default: the base model's), ``language`` and
+            ``tags``, a string or a list of them.
 
     Raises:
         TypeError: for any other keyword.
     """
 
-    def __init__(self, **about: str) -> None:
-        unknown = about.keys() - {"model_name", "dataset", "dataset_name", "task_type", "license"}
+    def __init__(self, **about: str | list[str]) -> None:
+        unknown = about.keys() - {"model_name", "dataset", "dataset_name", "task_type", "license", "language", "tags"}
         if unknown:
             raise TypeError(f"ModelCardCallback does not take {', '.join(sorted(unknown))}.")
         self.about: dict[str, Any] = dict(about)
@@ -88,7 +89,7 @@ class ModelCardCallback(ZOTrainerCallback):
         """What is known so far."""
         return facts_of(self._trainer(), {**self.about, "peak_memory": self._peak})
 
-    def write(self, folder: str | Path, **told: str) -> None:
+    def write(self, folder: str | Path, **told: str | list[str]) -> None:
         """Write the card as of now, with what is ``told`` besides."""
         write_card({**self.facts(), **told}, folder)
 

@@ -68,7 +68,7 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
     Args:
         trainer: during or after training.
         about: what the trainer cannot know or did not measure: ``model_name``, ``dataset`` (id on the Hub), ``dataset_name``,
-            ``task_type``, ``license``, ``peak_memory`` and ``inference_memory`` in MB.
+            ``task_type``, ``license``, ``language``, ``tags``, ``peak_memory`` and ``inference_memory`` in MB.
     """
     args, history = trainer.args, trainer.state.log_history
     model, optimizer = trainer.model, trainer._zo_optimizer
@@ -225,14 +225,15 @@ def render(facts: Mapping[str, Any], figure: str | None, trajectory: str | None)
 def _card_data(facts: Mapping[str, Any], name: str) -> ModelCardData:
     dataset_name: str = facts.get("dataset_name") or facts.get("dataset") or ""
     evaluated = facts["results"] and dataset_name
-    task_type = facts.get("task_type", "text-generation")
+    task_type, told = facts.get("task_type", "text-generation"), facts.get("tags") or []
     return ModelCardData(
         model_name=name if evaluated else None,
         library_name="peft" if facts["adapter"] else "transformers",
         base_model=facts["base"] if facts["base"] and not Path(facts["base"]).exists() else None,
         license=facts.get("license") or _license_of(facts["base"]),
+        language=facts.get("language"),
         datasets=[facts["dataset"]] if facts.get("dataset") else None,
-        tags=["zeroth-order", "forward-only", "hf_zo", facts["method"]],
+        tags=["zeroth-order", "forward-only", "hf_zo", facts["method"], *([told] if isinstance(told, str) else told)],
         pipeline_tag=task_type,
         eval_results=[
             EvalResult(

@@ -93,12 +93,15 @@ def test_the_licence_is_the_base_models(tmp_path: Path) -> None:
 def test_nothing_is_claimed_that_was_not_measured(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "mezo")
     trainer.train()
-    trainer.create_model_card(dataset_tags="user/data")
+    trainer.create_model_card(dataset_tags=["user/data"], language=["en", "de"], tags="sentiment")
     text = (tmp_path / "README.md").read_text()
     assert "Results" not in text
     assert "memory" not in text
     assert "Not evaluated" in text
-    assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
+    told = ModelCard.load(tmp_path / "README.md").data
+    assert told.eval_results is None
+    assert (told.datasets, told.language) == (["user/data"], ["en", "de"])
+    assert told.tags[-2:] == ["mezo", "sentiment"]
 
 
 def test_the_card_command_writes_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
