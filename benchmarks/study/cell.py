@@ -85,12 +85,14 @@ def _run(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
         if arm.curvzo_share is not None:
             tensors = sum(p.requires_grad for p in trainer.model.parameters())
             trainer.args.curvzo_budget = max(1.0, arm.curvzo_share * tensors)
+        status, error, before, seconds = "ok", None, {}, 0.0
         if arm.kind in ("zo", "probe"):
+            started = time.time()
             cost = cost.after(trainer.create_optimizer().forward_passes, grid.budget)  # calibrates and fits
+            seconds = time.time() - started
             trainer.args.max_steps = max(cost.steps, 1)
         ends = sorted({round(fraction * cost.steps) for fraction in (*grid.checkpoints, 1.0)})
         trainer.add_callback(_AtCheckpoints(ends))
-        status, error, before, seconds = "ok", None, {}, 0.0
         if 0 in ends:
             before = trainer.evaluate()
         if cost.steps:
@@ -100,7 +102,7 @@ def _run(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
             except NonFiniteLossError as caught:
                 status, error = "diverged", str(caught)
                 trainer.evaluate()  # of the weights as they are: a run does not keep the score it had before
-            seconds = time.time() - started
+            seconds += time.time() - started
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = [[forwards_of(entry, cost), round(entry["loss"], 5)] for entry in history]
     evaluated = [{**before, "step": 0}] if before else []

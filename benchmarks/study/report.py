@@ -250,7 +250,8 @@ def table(of_table: Sequence[Outcome], tuned: bool = True) -> str:
         cells.append(_mean_of(o.cells, "forward_passes"))
         if tuned:
             rate = "" if o.rate is None else f"{o.rate:.2g} ({o.multiplier:g}{', **edge**' if o.edge else ''})"
-            cells += [rate, *(_mean_of(o.cells, key) for key in ("train_seconds", "peak_megabytes"))]
+            seconds = _mean_of([cell for cell in o.cells if cell["train_seconds"]], "train_seconds")
+            cells += [rate, seconds, _mean_of(o.cells, "peak_megabytes")]
             cells.append(f"{o.diverged} of {len(o.cells)}" if o.cells else "")
         lines.append(_row(cells))
     return "\n".join(lines)
@@ -323,10 +324,11 @@ tried. Differences to MeZO are paired by seed, p is of the paired t-test.
 
 The budget counts forward passes of a batch: a step of a first-order arm counts {FORWARDS_PER_FIRST_ORDER_STEP}, ZO-Act's
 calibration and the passes over the training rows that probes need count too, evaluations do not. Seconds are those of
-training, evaluations on the way included; peak memory is that of the whole process. A run has diverged if a loss was not
-finite, or if the last tenth of its losses is above {DIVERGED:g} times the first tenth, or {DIVERGED_AT_ONCE:g} times the
-very first; it counts with the score it ended at. Cells in bfloat16 on a processor that is faster in fp32 multiply in it and
-round the result, and say so; their memory and seconds are not those of bfloat16. Arms that train nothing, or what is
+training, of what is calibrated and fitted before it, and of evaluations on the way, where they were measured; peak memory is
+that of the whole process. A run has diverged if a loss was not finite, or if the last tenth of its losses is above
+{DIVERGED:g} times the first tenth, or {DIVERGED_AT_ONCE:g} times the very first; it counts with the score it ended at. Cells
+in bfloat16 on a processor that is faster in fp32 multiply in it and round the result, and say so; their memory and seconds
+are not those of bfloat16. Processors differ from cell to cell (`environment`). Arms that train nothing, or what is
 fitted before the first step alone, and ZO-Act, which brings its adapter, stand in the table of every form."""
 
 _CLAIMS = f"""Differences of paired runs, over all tasks, forms and seeds. Reproduced: the difference exceeds what is claimed (0

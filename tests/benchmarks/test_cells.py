@@ -175,6 +175,7 @@ def test_linear_probes(study, model):
     assert [len(r["evaluations"]) for r in results.values()] == [1, 1, 2, 2]
     assert results["linear-probe"]["trained_parameters"] == results["depth-probe"]["trained_parameters"] == 0
     assert len({json.dumps(r["config"]) for r in results.values()}) == 4
+    assert results["depth-probe"]["train_seconds"] > 0  # without a step
 
 
 def test_the_recipe_spends_what_its_fit_leaves_on_steps(study):
