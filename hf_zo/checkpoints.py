@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .adapters import packed_weights_kept
 from .hub.model_card import FACTS_NAME, write_card
@@ -30,10 +31,12 @@ from .trajectory import (
     Trajectory,
     TrajectoryError,
     TrajectoryLog,
+    changed_since,
     content_hash,
     header_of,
     narrowed,
     restore_start,
+    rule_of,
     verify_start,
     walk,
 )
@@ -57,6 +60,8 @@ class TrajectoryCheckpoints(_Base):
     optimizer: Any
     _resume_from: str | None = None
     _log: TrajectoryLog | None = None
+    _began: str | None = None  # hash of the weights before the first step of all
+    _kept: int | None = None  # the step whose weights, the best, were loaded at the end of training
     _losses: list[float]
     _server: Server | None = None
     _served: TrajectoryLog | None = None  # the log of the run that the server follows
@@ -77,7 +82,7 @@ class TrajectoryCheckpoints(_Base):
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} has no complete checkpoint.")
-        self._resume_from = resume_from_checkpoint or None
+        self._resume_from, self._kept = resume_from_checkpoint or None, None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -86,26 +91,41 @@ class TrajectoryCheckpoints(_Base):
 
     def _open_log(self) -> None:
         """Open the log of this run: anew, or with the steps of the checkpoint that is resumed."""
-        optimizer, self._log = self._zo_optimizer, None
-        if not self.args.should_save:
-            return
+        if self._log is not None:
+            self._log.close()
+        self._log, start = None, self._start() if self.args.should_save else None
         folder = Path(str(self.args.output_dir))
+        if start is not None:
+            self._began = self._began or start.header["initial_hash"]
+            self._log = TrajectoryLog(folder / LOG_NAME, start)
+        elif self.args.should_save:
+            (folder / LOG_NAME).unlink(missing_ok=True)  # of an attempt that was given up, or another run
+        if self._log is not None and not self.args.zo_save_weights and self.args.load_best_model_at_end:
+            # The best checkpoint is walked to from the start, which by then has been trained over.
+            save_file({name: p.detach().clone() for name, p in self._zo_optimizer.params.items()}, folder / _START_NAME)
+
+    def _start(self) -> Trajectory | None:
+        """What the log of this run begins with; None, with a warning, where its steps would not lead to its weights."""
+        optimizer, settings = self._zo_optimizer, self.args.estimator_kwargs()
         if self._resume_from is not None:
             if not (Path(self._resume_from) / SEALED_NAME).is_file():
                 logger.warning("%s has no trajectory, so this run writes none: it would begin midway.", self._resume_from)
-                return
+                return None
             start = Trajectory.read(self._resume_from)
-        elif optimizer.estimator.state or (optimizer.inner is not None and optimizer.inner.state):
+            changed = changed_since(start.header, rule_of(optimizer, settings))
+            if changed:
+                logger.warning("This run goes on by another rule (%s), so it writes no trajectory.", "; ".join(changed))
+            return None if changed else start
+        if optimizer.estimator.state or (optimizer.inner is not None and optimizer.inner.state):
             logger.warning("This run goes on with the state of the one before, so it writes no trajectory.")
-            return
-        else:
-            schedule = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
-            header, stored = header_of(self.model, optimizer, self.args.estimator_kwargs(), schedule)
-            start = Trajectory(header, [], stored)
-        self._log = TrajectoryLog(folder / LOG_NAME, start)
-        if not self.args.zo_save_weights and self.args.load_best_model_at_end:
-            # The best checkpoint is walked to from the start, which by then has been trained over.
-            save_file({name: p.detach().clone() for name, p in optimizer.params.items()}, folder / _START_NAME)
+            return None
+        schedule = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+        header, stored = header_of(self.model, optimizer, settings, schedule)
+        of_base = any(where == "base" for *_, where in header["tensors"])
+        if of_base and self._began not in (None, header["initial_hash"]):
+            logger.warning("This run starts from weights that were trained before it, so it writes no trajectory.")
+            return None
+        return Trajectory(header, [], stored)
 
     def _record(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Log the step that was just applied."""
@@ -121,7 +141,7 @@ class TrajectoryCheckpoints(_Base):
         A quantised base stays what it is.
         """
         folder = Path(output_dir or str(self.args.output_dir))
-        if _internal_call and not self.args.zo_save_weights:
+        if _internal_call and folder.name.startswith(PREFIX_CHECKPOINT_DIR) and self._leaves_out_weights:
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.model.config.save_pretrained(folder)
@@ -132,11 +152,27 @@ class TrajectoryCheckpoints(_Base):
         if self._log is not None:
             folder.mkdir(parents=True, exist_ok=True)
             found = content_hash(self._zo_optimizer.params)
-            self._log.seal(folder / SEALED_NAME, found)
-            if self._server is not None and self._served is self._log:
+            self._log.seal(folder / SEALED_NAME, found, self._kept)
+            if self._server is not None and self._served is self._log and self._kept is None:
                 self._server.verify(found)
+        elif self.args.should_save:
+            (folder / SEALED_NAME).unlink(missing_ok=True)  # of an attempt that was given up, or another run
         if self.args.should_save and (folder / FACTS_NAME).is_file():  # PEFT has just written a card of its own over ours
             write_card(json.loads((folder / FACTS_NAME).read_text()), folder)
+
+    @property
+    def _leaves_out_weights(self) -> bool:
+        """Whether checkpoints do: those of a run that writes no trajectory cannot."""
+        return not self.args.zo_save_weights and (self._log is not None or not self.args.should_save)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The Trainer's, with the trajectory and the card as of now."""
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            folder = Path(str(self.args.output_dir))
+            if self._log is not None:
+                self._log.seal(folder / SEALED_NAME, content_hash(self._zo_optimizer.params))
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The Trainer's, without the weights that an adapter on the output layer stands on: PEFT would add the base's."""
@@ -146,7 +182,7 @@ class TrajectoryCheckpoints(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The Trainer's; beside a trajectory that replaces weights the schedule alone."""
-        if self.args.zo_save_weights:
+        if not self._leaves_out_weights:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save and self.lr_scheduler is not None:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -160,6 +196,8 @@ class TrajectoryCheckpoints(_Base):
         """The Trainer's; a checkpoint without weights is walked to from the base model."""
         if checkpoint is None or not is_weightless(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self._verify_loaded(Path(checkpoint))
             return
         trajectory = Trajectory.read(checkpoint)
         self._walk_from_start(trajectory, verified=True)
@@ -168,9 +206,31 @@ class TrajectoryCheckpoints(_Base):
         for group, lr in zip(self._zo_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
 
+    def _verify_loaded(self, checkpoint: Path) -> None:
+        """Compare what was loaded with what was saved.
+
+        Raises:
+            TrajectoryError: if they differ: transformers names keys that it does not find, and goes on.
+        """
+        if not (checkpoint / SEALED_NAME).is_file():
+            return
+        header, params = Trajectory.read(checkpoint).header, self._zo_optimizer.params
+        if {name for name, *_ in header["tensors"]} == params.keys() and content_hash(params) != header["final_hash"]:
+            raise TrajectoryError(
+                f"The weights that were loaded from {checkpoint} are not those of the run (content hash): transformers warns "
+                "of missing keys where it cannot load what it saved, as with mixtures of experts. Rebuild them with `hf-zo "
+                "replay` from its trajectory; with zo_save_weights=False a run resumes that way by itself."
+            )
+
     def _walk_from_start(self, trajectory: Trajectory, verified: bool) -> None:
         optimizer = self._zo_optimizer
         params = optimizer.params
+        changed = changed_since(trajectory.header, rule_of(optimizer, self.args.estimator_kwargs()))
+        if changed:
+            raise TrajectoryError(
+                f"The checkpoint holds no weights, and its trajectory leads to them by another rule: {'; '.join(changed)}. Set "
+                "back what was changed, or rebuild its weights with `hf-zo replay` and start a new run from them."
+            )
         restore_start(params, trajectory)
         if verified:
             verify_start(self.model, params, trajectory)
@@ -183,9 +243,15 @@ class TrajectoryCheckpoints(_Base):
 
     def _load_best_model(self) -> None:
         """The Trainer's; the best checkpoint without weights is walked to from the start of the run."""
+        self._kept = self.state.best_global_step
         best = self.state.best_model_checkpoint
         if best is None or not is_weightless(best):
             super()._load_best_model()
+            with torch.no_grad():
+                for name, p in self._zo_optimizer.params.items():  # of a 16-bit adapter PEFT makes new ones, in fp32
+                    module, _, leaf = name.rpartition(".")
+                    p.copy_(self.model.get_parameter(name))
+                    setattr(self.model.get_submodule(module), leaf, p)
             return
         logger.info("Replaying the best checkpoint, %s.", best)
         optimizer = self._zo_optimizer
@@ -193,8 +259,10 @@ class TrajectoryCheckpoints(_Base):
         with torch.no_grad():
             for name, p in optimizer.params.items():
                 p.copy_(start[name])
+        spent = optimizer.forward_passes, optimizer.skipped_steps
         optimizer.reset()
         self._walk_from_start(Trajectory.read(best), verified=False)
+        optimizer.forward_passes, optimizer.skipped_steps = spent
         self.accelerator.wait_for_everyone()  # before the start is deleted
 
 

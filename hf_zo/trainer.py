@@ -346,9 +346,11 @@ class ZOTrainerMixin(Measurement):
         return self._operations_per_token * tokens.numel() * self._zo_optimizer.estimator.forwards // 3
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the step's own numbers to the training logs."""
-        if "loss" in logs:
-            optimizer = self._zo_optimizer
+        """Add the step's own numbers to the training logs, and what was spent to the summary."""
+        optimizer = self._zo_optimizer if "loss" in logs or "train_runtime" in logs else None
+        if optimizer is not None:
+            logs["zo/forward_passes"], logs["zo/skipped_steps"] = optimizer.forward_passes, optimizer.skipped_steps
+        if optimizer is not None and "loss" in logs:
             if not self._metrics_of_step:  # all steps so far were skipped: the sum of their losses tells nothing
                 logs["loss"] = math.nan
             else:
@@ -356,8 +358,6 @@ class ZOTrainerMixin(Measurement):
                 logs.setdefault("grad_norm", self._metrics_of_step["grad_norm"])  # not every version asks `_get_grad_norm`
                 logs["zo/projected_gradient"] = self._metrics_of_step["zo/projected_gradient"]
                 logs["zo/effective_learning_rate"] = logs.get("learning_rate", optimizer.param_groups[0]["lr"]) * scale
-            logs["zo/forward_passes"] = optimizer.forward_passes
-            logs["zo/skipped_steps"] = optimizer.skipped_steps
             if self._packing.real:
                 logs["zo/computed_per_real_token"] = self._packing.computed / self._packing.real
         super().log(logs, *args, **kwargs)

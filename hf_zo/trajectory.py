@@ -217,11 +217,10 @@ class TrajectoryLog:
         self.trajectory.steps.append(step)
         self._file.write(_packed(step))
 
-    def seal(self, path: str | Path, final_hash: str) -> None:
-        """Write the sealed form of what there is so far."""
-        Trajectory({**self.trajectory.header, "final_hash": final_hash}, self.trajectory.steps, self.trajectory.initial).write(
-            path
-        )
+    def seal(self, path: str | Path, final_hash: str, until: int | None = None) -> None:
+        """Write the sealed form of what there is so far, or of the steps up to the one that led to the hashed weights."""
+        header, steps = {**self.trajectory.header, "final_hash": final_hash}, self.trajectory.steps[:until]
+        Trajectory(header, steps, self.trajectory.initial).write(path)
 
     def close(self) -> None:
         """Close the file."""
@@ -284,9 +283,7 @@ def header_of(
         if start == "stored":
             stored[name] = p.detach().cpu().clone()
         tensors.append([name, list(p.shape), str(p.dtype).removeprefix("torch."), start])
-    index = {name: i for i, name in enumerate(params)}
-    by_group = [[index[optimizer.names[p]] for p in group["params"]] for group in optimizer.param_groups]
-    estimator, config = optimizer.estimator, getattr(model, "config", None)
+    config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "") or ""
     floating = [p.dtype for p in base.parameters() if p.is_floating_point()]
     header = {
@@ -303,13 +300,7 @@ def header_of(
             "num_labels": label_number(base),
         },
         "device": next(iter(params.values())).device.type,
-        "method": estimator.name,
-        "settings": {**hyperparameters(estimator.name), **settings},
-        "optimizer": None if optimizer.inner is None else _path_of(type(optimizer.inner)),
-        "groups": [
-            {"tensors": members, **{k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}}
-            for members, group in zip(by_group, optimizer.param_groups, strict=True)
-        ],
+        **rule_of(optimizer, settings),
         "schedule": schedule,
         "tensors": tensors,
         "adapter": _plain(next(iter(adapted.values())).to_dict()) if adapted else None,
@@ -317,6 +308,32 @@ def header_of(
         "frozen_hash": content_hash(_frozen(model, params)),
     }
     return header, stored
+
+
+def rule_of(optimizer: ZOOptimizer, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a header that says how losses become updates, in JSON's types."""
+    index = {name: i for i, name in enumerate(optimizer.params)}
+    rule = {
+        "method": optimizer.estimator.name,
+        "settings": {**hyperparameters(optimizer.estimator.name), **settings},
+        "optimizer": None if optimizer.inner is None else _path_of(type(optimizer.inner)),
+        "groups": [
+            {
+                "tensors": [index[optimizer.names[p]] for p in group["params"]],
+                **{k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")},
+            }
+            for group in optimizer.param_groups
+        ],
+    }
+    return json.loads(json.dumps(rule))
+
+
+def changed_since(header: Mapping[str, Any], rule: Mapping[str, Any]) -> list[str]:
+    """What of a run's rule is another one now, in words; the groups of parameters are not compared."""
+    if header["method"] != rule["method"]:  # whose settings are others too
+        return [f"method was {header['method']}, is {rule['method']}"]
+    before, now = ({"optimizer": of["optimizer"], **of["settings"]} for of in (header, rule))
+    return [f"{key} was {before.get(key)}, is {now.get(key)}" for key in before | now if before.get(key) != now.get(key)]
 
 
 def _path_of(cls: type) -> str:
@@ -441,10 +458,7 @@ def _estimate(estimator: Estimator, number: int, step: Step) -> Estimate:
 
 def projected_gradients(trajectory: Trajectory) -> list[tuple[float, ...]]:
     """The finite-difference responses of every step, computed from the losses; an empty tuple where a step was skipped."""
-    header = trajectory.header
-    space = {name: TensorSpec(tuple(shape), torch.device("cpu")) for name, shape, *_ in header["tensors"]}
-    estimator = METHODS[header["method"]](space, **header["settings"])
-    found: list[tuple[float, ...]] = []
+    estimator, found = _estimator_of(trajectory.header), list[tuple[float, ...]]()
     for number, step in enumerate(trajectory.steps):
         if step.skipped:
             found.append(())
@@ -453,6 +467,18 @@ def projected_gradients(trajectory: Trajectory) -> list[tuple[float, ...]]:
         estimator.commit(estimate)
         found.append(estimate.projected_gradients)
     return found
+
+
+def forward_passes(trajectory: Trajectory) -> int:
+    """How many passes its steps took, without those before the first one."""
+    estimator = _estimator_of(trajectory.header)
+    return sum(estimator.measured(len(step.losses)) for step in trajectory.steps)
+
+
+def _estimator_of(header: Mapping[str, Any]) -> Estimator:
+    """The method of a run, without a model."""
+    space = {name: TensorSpec(tuple(shape), torch.device("cpu")) for name, shape, *_ in header["tensors"]}
+    return METHODS[header["method"]](space, **header["settings"])
 
 
 def matching(model: nn.Module, header: dict[str, Any], approximate: bool) -> dict[str, torch.Tensor]:

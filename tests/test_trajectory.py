@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from hf_zo import Trajectory, TrajectoryError, ZOTrainer, ZOTrainingArguments, cli, replay
 from hf_zo.adapters import draw_adapter
-from hf_zo.trajectory import LOG_NAME, SEALED_NAME, Step, TrajectoryLog, content_hash, projected_gradients
+from hf_zo.trajectory import LOG_NAME, SEALED_NAME, Step, TrajectoryLog, projected_gradients
 
 NUMBER = st.floats(allow_nan=True, allow_infinity=True)
 STEPS = st.lists(
@@ -226,16 +226,6 @@ def test_a_drawn_adapter_is_a_key_and_a_foreign_one_is_stored(tmp_path: Path) ->
         assert_same_weights(weights_of(replay(other, trajectory)), weights_of(trainer.model))
 
 
-def test_a_second_run_begins_a_new_log(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, "mezo")
-    trainer.train()
-    middle = content_hash({n: p for n, p in trainer.model.named_parameters()})
-    trainer.train()
-    trajectory = Trajectory.read(tmp_path / LOG_NAME)
-    assert len(trajectory.steps) == 4
-    assert trajectory.header["initial_hash"] == middle
-
-
 def test_no_trajectory_on_request(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "mezo", zo_trajectory=False)
     trainer.train()
@@ -294,6 +284,14 @@ def test_replay_command_names_what_is_wrong(run: Path, tmp_path: Path, capsys: p
     assert cli.main(["replay", str(run / "out"), str(run / "out"), *output]) == 2
     assert "not those the run started from" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_passes_that_measure_every_example_are_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = trainer_of(tmp_path, "mezo-per-example", "lora", max_steps=3)
+    trainer.train()
+    trainer.save_model()
+    assert cli.main(["trajectory", "show", str(tmp_path)]) == 0
+    assert f"3, {trainer._zo_optimizer.forward_passes} forward passes" in capsys.readouterr().out
 
 
 def test_show_and_diff(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

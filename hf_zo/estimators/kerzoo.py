@@ -38,6 +38,11 @@ def kernel(order: str, r: float) -> float:
     return sum(c * r ** (2 * k + 1) for k, c in enumerate(_COEFFICIENTS[order]))
 
 
+def response(order: str, a: float) -> float:
+    """E[r K(r)] for C = 1 and r ~ U[-a, a]: how much of a slope a kernel that is not stretched passes on."""
+    return sum(c * a ** (2 * k + 2) / (2 * k + 3) for k, c in enumerate(_COEFFICIENTS[order]))
+
+
 class KerZOO(Estimator):
     """Kernel-weighted two-sided differences at random radii.
 
@@ -120,14 +125,15 @@ class KerZOO(Estimator):
             pairs = zip(differences[::2], differences[1::2], strict=True)
             responses = [self.clipped((4 * half / 0.5 - whole) / 3) for whole, half in pairs]
         else:
-            a = self.range_at(step) if self.rescale else 1.0
+            a = self.range_at(step) if self.rescale else 1.0  # by which the kernel is stretched
             responses = [
                 self.clipped(self.constant * s * kernel(self.order, r / a) / a) for s, r in zip(differences, radii, strict=True)
             ]
+            passed_on = 1.0 if self.rescale else response(self.order, self.range_at(step))
         return Estimate(
             step=step,
             terms=[(s / self.num_directions, d) for s, d in zip(responses, directions, strict=True)],
             loss=sum(losses) / len(losses),
             projected_gradients=tuple(responses),
-            scale=1.0 if self.order == "richardson" else self.constant,
+            scale=1.0 if self.order == "richardson" else self.constant * passed_on,
         )

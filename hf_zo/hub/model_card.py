@@ -80,6 +80,7 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
     if inner is not None:
         kind = type(inner).__name__
         rule = "Adam's moments of the estimate, decoupled decay" if kind == "AdamW" else f"{kind} on the estimate"
+    readers = args.world_size if args.zo_parallel == "data" else 1  # processes that read rows of their own
     settings = {
         **{key: value for key, value in {**hyperparameters(method), **args.estimator_kwargs()}.items() if value is not None},
         **({f.removeprefix("zo_act_"): getattr(args, f) for f in _ZO_ACT} if method == "zo_act" else {}),
@@ -87,7 +88,7 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "update": rule,
         "weight decay": args.weight_decay,
-        "examples per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "examples per step": trainer._train_batch_size * args.gradient_accumulation_steps * readers,
         "steps": trainer.state.global_step,
         "data seed": args.data_seed if args.data_seed is not None else args.seed,
         "dtype of the model": str(next(base.parameters()).dtype).removeprefix("torch."),
@@ -100,9 +101,11 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
         settings["middle blocks"] = "a direction each, fitted to the same rows"
     if args.zo_runtime != "torch":
         settings["runtime"] = args.zo_runtime
-    last = next((e for e in reversed(history) if "zo/forward_passes" in e), {})
+    kept = trainer._kept
+    if kept is not None:
+        settings["weights"] = f"those after step {kept}, the best evaluation"
     trained = next((e for e in reversed(history) if "train_runtime" in e), {})
-    evaluated = next((e for e in reversed(history) if "eval_loss" in e), {})
+    evaluated = next((e for e in reversed(history) if "eval_loss" in e and kept in (None, e["step"])), {})
     return {
         "method": method,
         "base": getattr(base.config, "_name_or_path", "") or "",
@@ -112,9 +115,10 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
         "adapter": _adapter_facts(model) if adapter else None,
         "model_class": type(base).__name__,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "settings": settings,
-        "forward_passes": last.get("zo/forward_passes"),
-        "skipped_steps": last.get("zo/skipped_steps"),
+        "forward_passes": optimizer.forward_passes,
+        "skipped_steps": optimizer.skipped_steps,
         "seconds": trained.get("train_runtime"),
         "device": args.device.type,
         "losses": [[e["step"], e["loss"]] for e in history if "loss" in e],
@@ -187,7 +191,9 @@ def render(facts: Mapping[str, Any], figure: str | None, trajectory: str | None)
         )
     adapter = facts["adapter"]
     trained = f"{facts['trained_parameters']:,} parameters were trained"
-    trained += f", a {adapter['type']} adapter." if adapter else ", all that the model has."
+    everything = facts.get("parameters", facts["trained_parameters"])
+    of_all = ", all that the model has." if facts["trained_parameters"] == everything else f" of {everything:,}."
+    trained += f", a {adapter['type']} adapter." if adapter else of_all
     results = [(key, f"{value:.4g}") for key, value in facts["results"].items()]
     return ModelCard.from_template(
         _card_data(facts, name),

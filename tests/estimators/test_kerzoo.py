@@ -57,6 +57,20 @@ def test_a_rescaled_kernel_keeps_its_moments(order: str, a: Fraction) -> None:
     assert np.mean((r * float(a)) ** 3 * values) == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.parametrize("order", ["1", "3", "5"])
+@pytest.mark.parametrize("a", [1.0, 0.5, 0.25])
+def test_the_scale_is_what_a_kernel_passes_on(order: str, a: float) -> None:
+    """Of a loss of slope 1 in r: E[r K(r)] over U[-a, a], 1 at a = 1, and C when the kernel is stretched."""
+    n = 2000
+    r = ((2 * np.arange(n) + 1) / n - 1) * a
+    mean = np.mean([x * kernel(order, x) for x in r])
+    space = space_of({"w": torch.zeros(3)})
+    for rescale, expected in ((False, mean), (True, 1.0)):
+        estimator = KerZOO(space, seed=0, eps=1e-3, order=order, range=a, half_life=1, rescale=rescale)
+        scale = estimator.estimate(10_000, lambda probes: [1.0] * len(probes)).scale  # a has long been reached
+        assert scale == pytest.approx(4 * expected, abs=1e-4)
+
+
 def drawn(estimator: KerZOO, loss, steps: int) -> torch.Tensor:
     """Estimates of ``steps`` steps at theta = 0, which is fp32 here: fp64 is displaced many times as slowly."""
     out = torch.empty(steps, D, dtype=torch.float64)

@@ -165,3 +165,34 @@ def test_a_plain_trainer_is_told(tmp_path: Path) -> None:
     trainer = Trainer(tiny_llama(), args, train_dataset=Sentences(), callbacks=[ModelCardCallback()])
     with pytest.raises(TypeError, match="ModelCardCallback serves a ZOTrainer"):
         trainer.train()
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_the_trainers_own_push_carries_card_and_trajectory(form: str, hub: Hub, tmp_path: Path) -> None:
+    options = {"push_to_hub": True, "hub_strategy": "every_save", "hub_always_push": True}
+    told = {"hub_model_id": REPO, "hub_token": hub.token}
+    trainer = trainer_of(tmp_path / "out", "mezo", form, max_steps=4, save_strategy="steps", save_steps=2, **options, **told)
+    pushed: list[list[int]] = []
+
+    def look(hook: str, step: int, kwargs: Any) -> None:
+        if hook == "on_save":
+            trainer._finish_current_push()
+            folder = download(hub, tmp_path / f"copy{step}")
+            assert not ModelCard.load(folder / "README.md").data.get("optimizer")
+            assert "MeZO" in (folder / "README.md").read_text()
+            pushed.append([step, len(Trajectory.read(folder / "trajectory.safetensors").steps)])
+
+    trainer.add_callback(Recorder(look))
+    trainer.train()
+    assert pushed == [[2, 2], [4, 4]]
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_push_to_hub_uploads_weights_that_checkpoints_leave_out(form: str, hub: Hub, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "zo_save_weights": False}
+    trainer = trainer_of(tmp_path / "out", "mezo", form, max_steps=2, **options, hub_model_id=REPO, hub_token=hub.token)
+    trainer.train()
+    assert not list((tmp_path / "out" / "checkpoint-2").glob("*model*"))
+    trainer.push_to_hub()
+    file = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}[form]
+    assert (download(hub, tmp_path / "copy") / file).is_file()

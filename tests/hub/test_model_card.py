@@ -104,6 +104,18 @@ def test_nothing_is_claimed_that_was_not_measured(tmp_path: Path) -> None:
     assert told.tags[-2:] == ["mezo", "sentiment"]
 
 
+def test_what_was_spent_and_trained_does_not_depend_on_what_is_logged(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "mezo", max_steps=5, logging_steps=500, trainer_kwargs={"callbacks": [ModelCardCallback()]})
+    trainer.model.model.embed_tokens.requires_grad_(False)
+    trainer.train()
+    text = (tmp_path / "README.md").read_text()
+    assert "| forward passes of a batch | 10 |" in text
+    everything, embedded = sum(p.numel() for p in trainer.model.parameters()), 64 * 16
+    assert f"{everything - embedded:,} parameters were trained of {everything:,}." in text
+    (summary,) = (entry for entry in trainer.state.log_history if "train_runtime" in entry)
+    assert (summary["zo/forward_passes"], summary["zo/skipped_steps"]) == (10, 0)
+
+
 def test_the_card_command_writes_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished(tmp_path, "kerzoo")
     before = (tmp_path / "README.md").read_text()
