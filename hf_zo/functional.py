@@ -40,7 +40,8 @@ def estimate_gradient(
         seed: run seed.
         step: step number; the same seed and step give the same directions.
         eps: smoothing radius.
-        state: carries a stateful method from call to call; its ``value`` is replaced by the state after this step.
+        state: carries a stateful method from call to call: an `EstimatorState`, empty at first, whose ``value`` is replaced
+            by the state after this step.
         **settings: the method's hyperparameters by the names of `ZOTrainingArguments` without their prefix
             (``num_directions``, ``direction``, ``clip``, …).
 
@@ -49,12 +50,16 @@ def estimate_gradient(
 
     Raises:
         TypeError: for a hyperparameter the method does not have.
-        ValueError: for an unknown method or a value outside its domain.
+        ValueError: for an unknown method, a value outside its domain, or one tensor under two names.
         FloatingPointError: if a loss is not finite.
     """
     unknown = set(settings) - set(hyperparameters(method))
     if unknown:
         raise TypeError(f"method {method!r} has no hyperparameter {', '.join(sorted(unknown))}.")
+    names: dict[int, str] = {}
+    for name, p in params.items():
+        if names.setdefault(p.data_ptr(), name) != name and p.numel():
+            raise ValueError(f"{name} is the tensor that is called {names[p.data_ptr()]} too; give it once, as one direction.")
     estimator = METHODS[method](space_of(params), seed=seed, eps=eps, **settings)
     if state is not None:
         estimator.state = state.value

@@ -89,7 +89,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         if estimate is None:
             self.skipped_steps += 1
             return
-        if self.inner is None:
+        if not estimate.terms:
+            pass  # nothing was probed: without a direction there is no decay either
+        elif self.inner is None:
             self._walk(estimate)
         else:
             self._fill_and_step(estimate, self.inner)

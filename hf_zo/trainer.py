@@ -36,7 +36,7 @@ from .optimizer import ZOOptimizer, leave_out_frozen
 from .precision import LossesSeen, warn_of_slow_products
 from .runtimes import TorchRuntime
 from .runtimes.remote import Server
-from .runtimes.torch import evaluation_mode
+from .runtimes.torch import Randomness, evaluation_mode
 from .tasks.scoring import OptionLabels
 from .training_args import Trained, ZOTrainingArguments, recommended
 
@@ -58,7 +58,7 @@ class ZOTrainerMixin(Measurement):
         *args, **kwargs: the trainer's own.
 
     Raises:
-        TypeError: if the arguments are not `ZOTrainingArguments`.
+        TypeError: if the arguments are not `ZOTrainingArguments`, or the model is a name.
         ValueError: if nothing is trainable, or something trainable is quantised.
     """
 
@@ -100,6 +100,11 @@ class ZOTrainerMixin(Measurement):
             kwargs.get("data_collator", rest[0] if rest else None),
             kwargs.get("train_dataset", rest[1] if len(rest) > 1 else None),
         )
+        if isinstance(model, str):
+            raise TypeError(
+                f"model is the name {model!r}; load it first, as with AutoModelForCausalLM.from_pretrained({model!r}): methods "
+                "look at a model before the Trainer has it."
+            )
         if args.zo_method == "zo_act" and model is not None:
             model = self._with_basis_adapter(model, args)
         super().__init__(model, args, *rest, **kwargs)
@@ -264,7 +269,8 @@ class ZOTrainerMixin(Measurement):
             return self._finite(losses)
 
         try:
-            with torch.no_grad(), evaluation_mode(self.model):
+            # Probes rewind what they draw; so must what is tried on the first batch.
+            with torch.no_grad(), evaluation_mode(self.model), Randomness(optimizer.params.values()):
                 estimate = optimizer.estimator.estimate(self.state.global_step, oracle)
         except NonFiniteLossError as error:
             if self.args.zo_nonfinite == "raise":

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_zo import estimate_gradient
+from hf_zo import EstimatorState, estimate_gradient
 from hf_zo.directions import DenseDirection, space_of
-from hf_zo.functional import EstimatorState
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -166,6 +165,13 @@ def test_values_outside_their_domain_are_named(settings, field):
     with pytest.raises(ValueError, match=field):
         estimate_gradient(loss_of(params), params, **settings)
     assert equal(bits(params), before)
+
+
+def test_a_tensor_under_two_names_is_refused():
+    """One tensor is one direction: as two, its gradient would be the noise of the last one."""
+    params = make_params()
+    with pytest.raises(ValueError, match="again is the tensor that is called w too"):
+        estimate_gradient(lambda: 0.0, {**params, "again": params["w"]})
 
 
 def test_global_random_states_stay_and_both_probes_see_the_same_numbers():

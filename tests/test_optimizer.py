@@ -115,6 +115,18 @@ def test_decay_acts_on_its_own_group_only():
         assert torch.equal(p, before[name] * (0.75 if name.endswith("weight") else 1.0))
 
 
+@pytest.mark.parametrize("inner", [None, adamw])
+def test_without_a_direction_there_is_no_decay(inner):
+    params = make_params()
+    optimizer = make(params, lr=0.5, weight_decay=0.5, inner=inner)
+    step(optimizer, 0)  # AdamW has a momentum now
+    before = values(params)
+    optimizer.stage(Estimate(step=1, terms=(), loss=1.0, projected_gradients=(0.0,), state={"drawn": 1}))
+    optimizer.step()
+    assert equal(before, params)
+    assert optimizer.estimator.state == {"drawn": 1}
+
+
 def test_learning_rate_is_read_from_the_group_at_each_step():
     """A scheduler writes there."""
     params, moved = make_params(), {}

@@ -209,6 +209,11 @@ def test_out_of_memory_retry_starts_from_clean_weights(tmp_path: Path) -> None:
     assert_same_weights(weights_of(clean.model), weights_of(trainer.model))
 
 
+def test_a_name_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="'user/base'; load it first"):
+        ZOTrainer("user/base", ZOTrainingArguments(str(tmp_path), zo_method="zo_act"))
+
+
 def test_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     trainer = trainer_of(
         tmp_path,

@@ -114,6 +114,8 @@ class CurvZO(Estimator):
         super().__init__(*args, **common)
         if self.entries == "factorised":
             raise ValueError("zo_direction='factorised': the scores of curvzo need independent entries; use 'gaussian'.")
+        if debias and self.entries == "rademacher":
+            raise ValueError("zo_direction='rademacher': curvzo_debias reads the sizes of entries; unset it.")
         if not 0 <= ema <= 1:
             raise ValueError(f"curvzo_ema must lie in [0, 1], got {ema}.")
         if not 0 <= mix <= 1:

@@ -304,6 +304,7 @@ def test_nothing_falls_below_the_floor() -> None:
         ({"budget": 0.5}, "curvzo_budget"),
         ({"granularity": "row"}, "curvzo_granularity"),
         ({"floor": 0.0}, "curvzo_floor"),
+        ({"debias": True, "direction": "rademacher"}, "curvzo_debias"),
     ],
 )
 def test_settings_outside_their_domain(keywords: dict[str, Any], field: str) -> None:

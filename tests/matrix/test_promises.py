@@ -174,6 +174,11 @@ def test_accumulation_equals_one_large_batch(case: str, form: str, tmp_path: Pat
 def test_random_states_are_isolated(case: str, form: str, tmp_path: Path) -> None:
     """Promise 7: python, numpy and torch draw the same numbers after a step as before."""
     trainer = trainer_of(tmp_path, case, form, max_steps=2)
+
+    def draw(*_: Any) -> None:
+        torch.rand(1), np.random.random(), random.random()
+
+    trainer.model.register_forward_hook(draw)
     states: list[Any] = []
 
     def see(hook: str, step: int, kwargs: Any) -> None:
