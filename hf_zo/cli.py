@@ -82,6 +82,8 @@ def replay_to(base: str, file: Path, output: Path, until: int | None, approximat
         model: Any = cls.from_pretrained(base, dtype=getattr(torch, about["dtype"]), **labels)
     except (OSError, ValueError) as error:
         raise UsageError(f"the base model {base!r} cannot be loaded as {about['class']}: {error}") from error
+    if adapter is not None and header["method"] != "zo_act":
+        raise UsageError(f"--adapter is for zo_act, whose basis it holds; this run was {header['method']}: leave it out.")
     if header["adapter"] is not None:
         if header["method"] == "zo_act":
             adapter = adapter or (file if file.is_dir() else file.parent)
@@ -97,7 +99,8 @@ def replay_to(base: str, file: Path, output: Path, until: int | None, approximat
     with Progress(*Progress.get_default_columns(), TextColumn("{task.completed}/{task.total} steps")) as progress:
         task = progress.add_task("replaying", total=total)
         replay(model, trajectory, until=until, approximate=approximate, on_step=lambda _: progress.advance(task))
-    model.save_pretrained(output)
+    # PEFT would add the base's output layer to an adapter on it.
+    model.save_pretrained(output, **({} if header["adapter"] is None else {"save_embedding_layers": False}))
     if (Path(base) / "tokenizer_config.json").is_file() or not Path(base).exists():
         transformers.AutoTokenizer.from_pretrained(base).save_pretrained(output)
     verified = total == len(trajectory.steps) and not approximate and "final_hash" in header

@@ -9,7 +9,7 @@ forms of one content:
 
 A record holds the learning rate and the losses in fp64: 8 + 8 (1 + losses) bytes, 32 for MeZO and 64 for KerZOO. Trainable
 tensors that the base model does not determine are noted as zeros, as the noise they were drawn from
-(`hf_zo.adapters.draw_adapter`), or stored.
+(`hf_zo.adapters.draw_adapter`), or stored; so is an output layer that was fitted before the first step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from safetensors.torch import load, save, save_file
 from torch import nn
 
 from ._version import __version__
-from .adapters import adapter_key, adapter_values, base_of, label_number, new_heads
+from .adapters import adapted_head, adapter_key, adapter_values, base_of, factors_of, label_number, new_heads
 from .directions import ExampleDirections, Probe, TensorSpec, space_of
 from .estimators import METHODS, Estimate, Estimator, hyperparameters
 from .optimizer import ZOOptimizer
@@ -283,6 +283,8 @@ def header_of(
         if start == "stored":
             stored[name] = p.detach().cpu().clone()
         tensors.append([name, list(p.shape), str(p.dtype).removeprefix("torch."), start])
+    fitted = _fitted(model, params) if optimizer.estimator.name != "zo_act" else {}  # whose own adapter a replay takes
+    stored |= {name: p.detach().cpu().clone() for name, p in fitted.items()}
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "") or ""
     floating = [p.dtype for p in base.parameters() if p.is_floating_point()]
@@ -303,11 +305,19 @@ def header_of(
         **rule_of(optimizer, settings),
         "schedule": schedule,
         "tensors": tensors,
+        "fitted": list(fitted),
         "adapter": _plain(next(iter(adapted.values())).to_dict()) if adapted else None,
         "initial_hash": content_hash(params),
         "frozen_hash": content_hash(_frozen(model, params)),
     }
     return header, stored
+
+
+def _fitted(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The factors of an output layer's adapter that is not trained: `hf_zo.head` has fitted it."""
+    head = adapted_head(model)
+    factors = [] if head is None else [id(p) for p in factors_of(head)]
+    return {name: p for name, p in model.named_parameters() if id(p) in factors and name not in trained}
 
 
 def rule_of(optimizer: ZOOptimizer, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -378,6 +388,7 @@ def replay(
     """
     header = trajectory.header
     params = matching(model, header, approximate)
+    restore_fitted(model, trajectory)
     restore_start(params, trajectory)
     if not approximate:
         verify_start(model, params, trajectory)
@@ -521,6 +532,19 @@ def restore_start(params: Mapping[str, torch.Tensor], trajectory: Trajectory) ->
             p.copy_(trajectory.initial[name])
         elif start != "base":
             p.copy_(adapter_values(int(start), p))
+
+
+def restore_fitted(model: nn.Module, trajectory: Trajectory) -> None:
+    """Give an output layer's adapter what it was fitted to before the first step, and its dtype.
+
+    Raises:
+        TrajectoryError: if the model has no such adapter.
+    """
+    here = dict(model.named_parameters())
+    for name in trajectory.header.get("fitted", []):
+        if name not in here:
+            raise TrajectoryError(f"{name} is missing in this model: give it the adapter that the run had on its output layer.")
+        here[name].data = trajectory.initial[name].to(here[name].device)
 
 
 def verify_start(model: nn.Module, params: Mapping[str, torch.Tensor], trajectory: Trajectory) -> None:

@@ -27,7 +27,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_zo import Trajectory, ZOTrainer, ZOTrainingArguments, replay
+from hf_zo import Trajectory, TrajectoryError, ZOTrainer, ZOTrainingArguments, cli, replay
 from hf_zo.adapters import attach, factors_of
 from hf_zo.depth import DepthError
 from hf_zo.head import RIDGES, fit_head, fitted, output_layer, read
@@ -454,6 +454,27 @@ def test_lora_with_an_adapter_on_the_output_layer_is_fitted_too(tmp_path: Path) 
     assert losses(run.model) < 0.9 * start
     assert trained_of(run.model)
     assert not any("lm_head" in name for name in trained_of(run.model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fit_under_another_adapter_is_part_of_the_trajectory(dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny_llama(dtype).save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    base = tiny_llama().from_pretrained(tmp_path / "base")
+    run = trainer(tmp_path / "run", get_peft_model(base, config), zo_method="mezo", zo_act_samples=64)
+    run.train()
+    run.save_model()
+    run.create_model_card()
+    command = ["replay", str(tmp_path / "base"), str(tmp_path / "run"), "-o", str(tmp_path / "rebuilt")]
+    assert cli.main(command) == 0
+    ours, theirs = (load_file(tmp_path / there / "adapter_model.safetensors") for there in ("run", "rebuilt"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name].to(ours[name].dtype)) for name in ours)
+    assert any("lm_head" in name and ours[name].any() for name in ours)
+    assert cli.main([*command, "--adapter", str(tmp_path / "run")]) == 2
+    without = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(TrajectoryError, match=r"lm_head.*is missing in this model"):
+        replay(without, Trajectory.read(tmp_path / "run"))
 
 
 def test_the_card_tells_of_it(tmp_path: Path) -> None:
