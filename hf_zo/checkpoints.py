@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from .adapters import packed_weights_kept
 from .hub.model_card import FACTS_NAME, write_card
 from .optimizer import ZOOptimizer
+from .packing import Packing
 from .runtimes.remote import Server
 from .training_args import ZOTrainingArguments
 from .trajectory import (
@@ -60,6 +61,7 @@ class TrajectoryCheckpoints(_Base):
     optimizer: Any
     _resume_from: str | None = None
     _log: TrajectoryLog | None = None
+    _packing: Packing
     _began: str | None = None  # hash of the weights before the first step of all
     _kept: int | None = None  # the step whose weights, the best, were loaded at the end of training
     _losses: list[float]
@@ -186,6 +188,20 @@ class TrajectoryCheckpoints(_Base):
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save and self.lr_scheduler is not None:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The Trainer's, with the form of the batches, which the first one of a process has decided."""
+        super()._save_rng_state(output_dir)
+        self._packing_file(output_dir).write_text(json.dumps(self._packing.choice))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The Trainer's, with the form of the batches."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._packing_file(checkpoint).is_file():
+            self._packing.choice = json.loads(self._packing_file(checkpoint).read_text())
+
+    def _packing_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"packing_{self.args.process_index}.json"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The Trainer's; a checkpoint without weights is replayed once the optimizer exists."""

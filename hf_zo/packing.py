@@ -155,6 +155,18 @@ class Packing:
             self.computed += sum(group["input_ids"].numel() for group in groups)
         return groups
 
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What the first batch has decided, in JSON's types: a resumed run computes its batches in the same form."""
+        return {"form": self.form, "grouped": self._grouped}
+
+    @choice.setter
+    def choice(self, made: Mapping[str, Any]) -> None:
+        if self.form is None:
+            self.form = made["form"]
+        if self._grouped is None:
+            self._grouped = made["grouped"]
+
     @contextmanager
     def reading(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Give out a batch as the model takes it; meanwhile the head runs at the wanted positions only."""

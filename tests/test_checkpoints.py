@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import Sentences, assert_same_weights, model_of, tiny_llama, trainer_of, weights_of
+from support import Sentences, arguments_of, assert_same_weights, collate, model_of, tiny_llama, trainer_of, weights_of
+from torch.utils.data import SequentialSampler
+from transformers import MistralConfig, MistralForCausalLM
 
-from hf_zo import ModelCardCallback, Trajectory, TrajectoryError, replay
+from hf_zo import ModelCardCallback, Trajectory, TrajectoryError, ZOTrainer, replay
 from hf_zo.hub.model_card import facts_of
 from hf_zo.trajectory import LOG_NAME, SEALED_NAME
 
@@ -138,6 +140,30 @@ def test_a_new_learning_rate_is_no_other_rule(tmp_path: Path) -> None:
     slower.train(resume_from_checkpoint=True)
     slower.save_model()
     assert_same_weights(weights_of(replay(tiny_llama(), Trajectory.read(tmp_path))), weights_of(slower.model))
+
+
+class InOrder(ZOTrainer):
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+def test_batches_keep_their_form_when_a_run_is_resumed(tmp_path: Path) -> None:
+    """Sequences beyond a sliding window cannot be packed. Those of the first batch are, and decide; later ones are not."""
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+    def made() -> InOrder:
+        torch.manual_seed(0)
+        model = MistralForCausalLM(MistralConfig(**shape, num_key_value_heads=1, sliding_window=10, pad_token_id=0))
+        rows = sorted(Sentences().rows, key=lambda row: -len(row["input_ids"]))
+        return InOrder(model, arguments_of(tmp_path, "mezo", **SAVING), train_dataset=rows, data_collator=collate)
+
+    whole, resumed = made(), made()
+    assert len(whole.train_dataset[0]["input_ids"]) > 10 >= len(whole.train_dataset[12]["input_ids"])
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert whole._packing.choice == resumed._packing.choice
+    assert whole._packing.form == "labelled"
+    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
 
 
 def test_weights_that_do_not_come_back_are_noticed(tmp_path: Path) -> None:

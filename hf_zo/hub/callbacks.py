@@ -23,7 +23,16 @@ logger = logging.getLogger(__name__)
 
 _STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 # The state of a run is of no use to those who load the model; the sealed trajectory says more in less.
-_RUN_STATE = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin", LOG_NAME, "*.part")
+_RUN_STATE = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state*.pth",
+    "packing_*.json",
+    "trainer_state.json",
+    "training_args.bin",
+    LOG_NAME,
+    "*.part",
+)
 
 
 class PushError(RuntimeError):
