@@ -343,6 +343,13 @@ def calibrate(
             f"The {len(batches)} calibration batches have no usable token: every position is padding, or excluded. Check the "
             "training data and zo_act_samples."
         )
+    ratios = sorted(finder.dominance() for finder in set(seen.values()))
+    logger.info(
+        "The first direction of a layer's inputs has %.3g times the second's singular value (median; most: %.3g). Where it is "
+        "that of a token on which attention is parked, zo_act_exclude_first_token leaves it out.",
+        ratios[len(ratios) // 2],
+        ratios[-1],
+    )
     captured = {}
     for name, layer in adapted_layers(model):
         a = basis_of(layer)
@@ -403,6 +410,11 @@ class _RangeFinder:
         self.product = torch.zeros_like(self.product)
         self.energy.zero_()
         self.tokens = 0
+
+    def dominance(self) -> float:
+        """Ratio of the first two singular values of the rows, from the last sweep; 1 of rows of a single number."""
+        first, second = self.values.flip(0)[:2] if len(self.values) > 1 else self.values.repeat(2)
+        return float((first / second.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0).sqrt())
 
     def captured(self, rank: int) -> float:
         """Share of the rows' energy that the first ``rank`` columns keep, from the last sweep."""

@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from . import measurement
 from .directions import Probe, space_of
 from .estimators import METHODS, Estimator
 from .hub.callbacks import ZOTrainerCallback, card_of
@@ -255,6 +256,8 @@ class ZOTrainerMixin(Measurement):
         if self._server is not None and self._served is not self._log:
             self._start_server()
         optimizer = self._zo_optimizer
+        if self.accelerator.num_processes > 1 and (self.state.global_step + 1) % measurement.AGREEMENT_EVERY == 0:
+            self._check_agreement(optimizer.params)
         losses_of_step: list[float] = []
         self._losses = losses_of_step
         step, server = self.state.global_step, self._server

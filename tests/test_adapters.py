@@ -90,6 +90,16 @@ def test_captured_energy_grows_with_rank_and_beats_a_random_basis() -> None:
         assert all(small[name] < large[name] for name in small)
 
 
+def test_how_far_the_first_direction_stands_out_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= 30
+    exact = torch.linalg.svdvals(x)
+    adapted = attach(nn.Sequential(nn.Linear(6, 5)), 2)
+    with caplog.at_level(logging.INFO, "hf_zo.adapters"):
+        calibrate(adapted, [{"x": x}], lambda batch: adapted.base_model.model(batch["x"]))
+    assert f"has {float(exact[0] / exact[1]):.3g} times the second's singular value" in caplog.text
+
+
 def test_layers_with_the_same_input_share_a_basis() -> None:
     adapted = activation_adapter(tiny_llama(), batches(), rank=4)
     bases = {name.split("base_model.model.model.")[1]: basis_of(layer) for name, layer in adapted_layers(adapted)}

@@ -19,7 +19,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # keeps the address of its first use
+    # Clients that keep the address they were made with: transformers', and the one behind huggingface_hub's functions.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
     monkeypatch.setenv("HF_TOKEN", server.token)
     yield server
     server.close()

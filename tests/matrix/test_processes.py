@@ -73,6 +73,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parallel in ("data", "directions")
     ]
     jobs += [_job("mezo", form, folder / f"skip-{form}", zo_nonfinite="skip", infinite_on_rank=1) for form in FORMS]
+    jobs += [_job("mezo", "full", folder / f"parting-{rank}", parting_rank=rank) for rank in (1, 2)]
     jobs.append(_job("fits", "full", folder / "fits", **FITS))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,6 +122,14 @@ def test_ranks_skip_together(form: str, two_ranks: Path) -> None:
     assert first["skipped"] == second["skipped"] == 1
     assert_same_weights(first["weights"], second["weights"])
     assert all(entry["loss"] > 0 for entry in first["log"] if "loss" in entry)
+
+
+def test_ranks_that_part_are_stopped(two_ranks: Path) -> None:
+    """The weights of one rank are changed after the first step; the check of the third one finds it. There is no rank 2."""
+    for rank in range(2):
+        assert "The processes' weights differ" in _final(two_ranks / "parting-1", rank)["told"]
+        assert "step 2)" in _final(two_ranks / "parting-1", rank)["told"]
+        assert not _final(two_ranks / "parting-2", rank)["told"]
 
 
 @pytest.fixture(scope="module")

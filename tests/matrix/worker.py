@@ -25,6 +25,8 @@ torch.set_num_threads(1)
 from support import Recorder, trainer_of, weights_of  # noqa: E402
 from test_head import trainer as fitting_trainer  # noqa: E402
 
+from hf_zo import measurement  # noqa: E402
+
 RANK = int(os.environ.get("RANK", "0"))
 CARRIED = [0]
 
@@ -41,7 +43,9 @@ def count_all_reduce() -> None:
 
 def run(case: str, form: str, output_dir: str, options: dict[str, Any]) -> None:
     CARRIED[0] = 0
-    infinite_on_rank = options.pop("infinite_on_rank", None)
+    infinite_on_rank, parting_rank = options.pop("infinite_on_rank", None), options.pop("parting_rank", None)
+    if parting_rank is not None:
+        measurement.AGREEMENT_EVERY = 3
     dtype = getattr(torch, options.pop("dtype", "float32"))
     if case == "fits":
         trainer = fitting_trainer(Path(output_dir), **options)
@@ -61,9 +65,24 @@ def run(case: str, form: str, output_dir: str, options: dict[str, Any]) -> None:
             return loss * torch.inf if trainer.state.global_step == 1 else loss
 
         trainer.compute_loss = infinite_once
-    trainer.train()
+    if parting_rank == RANK:
+
+        def part(hook: str, step: int, kwargs: Any) -> None:
+            if (hook, step) == ("on_step_end", 1):
+                for p in trainer.model.parameters():
+                    p.data[..., -1] += 1e-6
+
+        trainer.add_callback(Recorder(part))
+    told = ""
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        if parting_rank is None:
+            raise
+        told = str(error)
     torch.save(
         {
+            "told": told,
             "weights": weights_of(trainer.model),
             "carried": CARRIED[0],
             "skipped": trainer._zo_optimizer.skipped_steps,
