@@ -61,6 +61,7 @@ class TrajectoryCheckpoints(_Base):
     optimizer: Any
     _resume_from: str | None = None
     _log: TrajectoryLog | None = None
+    _dtypes: dict[str, torch.dtype]
     _packing: Packing
     _began: str | None = None  # hash of the weights before the first step of all
     _kept: int | None = None  # the step whose weights, the best, were loaded at the end of training
@@ -263,11 +264,10 @@ class TrajectoryCheckpoints(_Base):
         best = self.state.best_model_checkpoint
         if best is None or not is_weightless(best):
             super()._load_best_model()
-            with torch.no_grad():
-                for name, p in self._zo_optimizer.params.items():  # of a 16-bit adapter PEFT makes new ones, in fp32
-                    module, _, leaf = name.rpartition(".")
-                    p.copy_(self.model.get_parameter(name))
-                    setattr(self.model.get_submodule(module), leaf, p)
+            for name, p in self._zo_optimizer.params.items():  # PEFT loads a 16-bit adapter as fp32, into new parameters
+                module, _, leaf = name.rpartition(".")
+                p.data = self.model.get_parameter(name).detach().to(self._dtypes[name])
+                setattr(self.model.get_submodule(module), leaf, p)
             return
         logger.info("Replaying the best checkpoint, %s.", best)
         optimizer = self._zo_optimizer
