@@ -253,7 +253,7 @@ class ZOTrainerMixin(Measurement):
         window, self._window = self._window, []
         if self._log is not None and len(self._log.trajectory.steps) != self.state.global_step:
             self._open_log()  # the loop began anew: train() again, or a retry with smaller batches
-        if self._server is not None and self._served is not self._log:
+        if self._server is not None and (self._log is None or self._served is not self._log):
             self._start_server()
         optimizer = self._zo_optimizer
         if self.accelerator.num_processes > 1 and (self.state.global_step + 1) % measurement.AGREEMENT_EVERY == 0:

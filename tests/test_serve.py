@@ -253,6 +253,14 @@ def test_a_run_that_no_trajectory_leads_to(server: str, tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_a_run_by_another_rule(server: str, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1}
+    served(tmp_path, "mezo", "full", server, **{**options, "max_steps": 1}).train()
+    other = served(tmp_path, "mezo", "full", server, zo_clip=0.5, **options)
+    with pytest.raises(EngineError, match="this one writes none"):
+        other.train(resume_from_checkpoint=True)
+
+
 def test_batches_of_other_things_are_refused(server: str, tmp_path: Path) -> None:
     trainer = served(tmp_path, "mezo", "full", server)
     trainer.data_collator = lambda rows: {**collate(rows), "names": ["a"] * len(rows)}
