@@ -85,6 +85,11 @@ def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCau
     return LlamaForCausalLM(config).to(dtype)
 
 
+def load_base(run: Path, **kwargs: Any) -> LlamaForCausalLM:
+    """The base model of a run that the fixture ``run`` has made."""
+    return LlamaForCausalLM.from_pretrained(run / "base", **kwargs)
+
+
 def model_of(form: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = tiny_llama(dtype)
     if form == "full":

@@ -174,3 +174,18 @@ def test_weights_that_do_not_come_back_are_noticed(tmp_path: Path) -> None:
     save_file({name: t for name, t in load_file(file).items() if name != lost}, file, metadata={"format": "pt"})
     with pytest.raises(TrajectoryError, match="are not those of the run"):
         trainer_of(tmp_path, "mezo", **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_no_trajectory_on_request(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "mezo", zo_trajectory=False)
+    trainer.train()
+    trainer.save_model()
+    assert not list(tmp_path.glob("trajectory*"))
+
+
+def test_resuming_a_run_without_trajectory_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    trainer_of(tmp_path, "mezo", zo_trajectory=False, **options).train()
+    trainer_of(tmp_path, "mezo", **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "has no trajectory, so this run writes none" in caplog.text
+    assert not (tmp_path / LOG_NAME).exists()
