@@ -119,6 +119,27 @@ def test_third_order_bias_on_a_cubic(settings: dict, biased: bool) -> None:
     assert abs(float(bias.mean()) - expected) < 5 * float(error.mean()) / D**0.5
 
 
+@pytest.mark.parametrize(
+    ("settings", "residual"),
+    [({}, -5 / 21), ({"order": "5"}, 0.0), ({"order": "richardson", "num_directions": 1}, -1 / 4)],
+)
+def test_what_is_left_of_a_quintic(settings: dict, residual: float) -> None:
+    """Of L = w^5 at 0 along the direction 1, the estimate over C is eps^4 E[r^5 K], and Richardson's -eps^4 / 4.
+
+    MeZO's is eps^4: cancelling the third order turns the sign of the fifth.
+    """
+    eps = 0.5
+    estimator = KerZOO({}, eps=eps, **settings)
+    scale = estimator_scale(estimator) * eps**4
+    responses = [
+        np.mean(estimator.estimate(t, lambda probes: [p.terms[0][0] ** 5 for p in probes]).projected_gradients) / scale
+        for t in range(20_000)
+    ]
+    error = np.std(responses) / len(responses) ** 0.5
+    assert np.mean(responses) == pytest.approx(residual, abs=4 * error + 1e-9)
+    assert 4 * error < 0.1  # enough draws to tell the kernels apart
+
+
 def estimator_scale(estimator: KerZOO) -> float:
     return 1.0 if estimator.order == "richardson" else estimator.constant
 

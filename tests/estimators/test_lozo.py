@@ -86,6 +86,28 @@ def test_v_is_held_for_an_interval_and_u_is_new_every_step(gradient: dict[str, t
     assert all(not torch.equal(u[t], u[t + 1]) for t in range(6))
 
 
+def test_steps_within_an_interval_are_an_adapter() -> None:
+    """W = W_k + A V^T with A -= lr s U / r, merged where V changes, walks where the weights walk."""
+    weight = torch.linspace(-1, 1, M * N, dtype=torch.float64).view(M, N)
+    estimator = LoZO(space_of({"w": weight}), rank=2, interval=3, eps=1e-3)
+    target = torch.eye(M, N, dtype=torch.float64)
+
+    def oracle(probes: list[Probe]) -> list[float]:
+        points = (displace(torch.empty_like(weight), weight, "w", probe.terms) for probe in probes)
+        return [float((point - target).pow(2).sum()) for point in points]
+
+    base, adapter = weight.clone(), torch.zeros(M, 2, dtype=torch.float64)
+    v = torch.zeros(N, 2, dtype=torch.float64)
+    for t in range(8):
+        if t % 3 == 0:
+            base, adapter = base + adapter @ v.mT, torch.zeros_like(adapter)
+        u, v = (factor("w").double() for factor in (estimator.direction(t).left, estimator.direction(t).right))
+        estimate = estimator.estimate(t, oracle)
+        adapter = adapter - 0.01 * estimate.projected_gradients[0] * u / 2
+        weight = weight - 0.01 * estimate.gradient("w", weight)
+        torch.testing.assert_close(base + adapter @ v.mT, weight, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 def test_applied_direction_is_the_probed_one_at_boundaries(momentum: float, gradient: dict[str, torch.Tensor]) -> None:
     """On steps 0, 1, nu - 1, nu, nu + 1 the new part of the estimate has cosine 1 with what was probed."""
