@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -284,6 +284,22 @@ def adapter_values(key: int, like: torch.Tensor) -> torch.Tensor:
     """Uniform on +-1 / sqrt(d_in), of the shape, dtype and device of ``like``."""
     u = noise.uniform(key, like.numel(), like.device).view(like.shape)
     return ((2 * u - 1) / like.shape[-1] ** 0.5).to(like.dtype)
+
+
+@torch.no_grad()
+def start_prefix(model: PeftModel, seed: int) -> PeftModel:
+    """Start a prefix (`PrefixTuningConfig`) at the keys and values of random tokens, drawn by ``seed``; returns ``model``.
+
+    As in MeZO's published runs (arXiv 2305.17333, prefix tuning): PEFT's own start, unit noise, is nothing that the model's
+    attention has ever read.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    count = cast(PrefixTuningConfig, model.peft_config[model.active_adapter]).num_virtual_tokens
+    ids = (size * noise.uniform(noise.stream_key(seed, 0, 0, "adapter", "prefix"), count)).long()[None].to(model.device)
+    with model.disable_adapter(), evaluation_mode(model):
+        read = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=read)
+    return model
 
 
 @contextmanager

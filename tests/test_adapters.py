@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from support import VOCABULARY, Sentences, collate, digest, model_of, tiny_llama, trained_of, trainer_of
 from torch import nn
 from transformers import (
@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_zo import ZOTrainer
-from hf_zo.adapters import activation_adapter, adapted_layers, attach, basis_of, calibrate, new_heads
+from hf_zo.adapters import activation_adapter, adapted_layers, attach, basis_of, calibrate, new_heads, start_prefix
 
 
 def batches(rows: int = 24, size: int = 6) -> list[dict[str, torch.Tensor]]:
@@ -490,3 +490,24 @@ def test_calibration_takes_the_batch_size_that_fits(tmp_path: Path) -> None:
     assert sizes[0] == 8
     assert sizes[-1] <= 4 < run.args.per_device_train_batch_size
     assert run.state.global_step == run.args.max_steps
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_prefix_starts_as_tokens_do(kind: str) -> None:
+    """A text after the prefix has the logits that it has after some real tokens; which ones is a matter of the seed."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "initializer_range": 0.5}
+    base = tiny_llama() if kind == "llama" else GPT2LMHeadModel(GPT2Config(**sizes))
+    base.eval()
+    ids = torch.arange(3, 9)[None]
+    plain = {token: base(torch.cat([torch.tensor([[token]]), ids], 1)).logits[:, 1:].detach() for token in range(VOCABULARY)}
+    started = []
+    for seed in (1, 1, 2):
+        model = get_peft_model(copy.deepcopy(base), PrefixTuningConfig(num_virtual_tokens=1, task_type="CAUSAL_LM"))
+        model.train()
+        start_prefix(model, seed)
+        assert model.training
+        logits = model.eval()(input_ids=ids).logits.detach()
+        started.append([token for token, expected in plain.items() if torch.allclose(logits, expected, atol=1e-5)])
+    assert all(len(tokens) == 1 for tokens in started)
+    assert started[0] == started[1] != started[2]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from ..adapters import draw_adapter
+from ..adapters import draw_adapter, start_prefix
 from ..hub import ModelCardCallback
 from ..precision import cpu_multiplies_16_bit
 from ..trainer import ZOTrainer
@@ -127,18 +127,18 @@ def load_model(arguments: ModelArguments, task: Task, seed: int = 0) -> tuple[nn
         return model, tokenizer
     task_type = {"lm": "CAUSAL_LM", "mlm": None, "classification": "SEQ_CLS"}[arguments.head]
     if arguments.peft == "lora":
-        config: PeftConfig = LoraConfig(
+        config = LoraConfig(
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
             # PEFT knows this one word outside of a list only.
             target_modules="all-linear" if arguments.lora_target_modules == ["all-linear"] else arguments.lora_target_modules,
             task_type=task_type,
         )
-    elif arguments.peft == "prefix":
-        config = PrefixTuningConfig(num_virtual_tokens=arguments.num_virtual_tokens, task_type=task_type)
-    else:
-        raise ValueError(f"peft={arguments.peft!r} does not exist; choose 'lora', 'prefix' or 'none'.")
-    return draw_adapter(get_peft_model(model, config), seed), tokenizer
+        return draw_adapter(get_peft_model(model, config), seed), tokenizer
+    if arguments.peft == "prefix":
+        prefix = PrefixTuningConfig(num_virtual_tokens=arguments.num_virtual_tokens, task_type=task_type)
+        return start_prefix(get_peft_model(model, prefix), seed), tokenizer
+    raise ValueError(f"peft={arguments.peft!r} does not exist; choose 'lora', 'prefix' or 'none'.")
 
 
 def _dtype_of(arguments: ModelArguments) -> torch.dtype:
