@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
+from peft import LoraConfig, PeftModel, get_peft_model, initialize_kv_prefix_from_past_key_values
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -191,6 +191,11 @@ def base_of(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def virtual_tokens(model: nn.Module | None) -> int:
+    """How many virtual tokens an adapter puts before every text (prefix, prompt and p-tuning); 0 without such an adapter."""
+    return getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+
+
 def _head(model: nn.Module) -> nn.Module | None:
     """The output layer of a language model, under PEFT too; None if the model has none."""
     return getattr(base_of(model), "get_output_embeddings", lambda: None)()
@@ -294,8 +299,11 @@ def start_prefix(model: PeftModel, seed: int) -> PeftModel:
     attention has ever read.
     """
     size = model.get_input_embeddings().num_embeddings
-    count = cast(PrefixTuningConfig, model.peft_config[model.active_adapter]).num_virtual_tokens
-    ids = (size * noise.uniform(noise.stream_key(seed, 0, 0, "adapter", "prefix"), count)).long()[None].to(model.device)
+    ids = (
+        (size * noise.uniform(noise.stream_key(seed, 0, 0, "adapter", "prefix"), virtual_tokens(model)))
+        .long()[None]
+        .to(model.device)
+    )
     with model.disable_adapter(), evaluation_mode(model):
         read = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
     initialize_kv_prefix_from_past_key_values(model, past_key_values=read)

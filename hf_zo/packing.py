@@ -30,7 +30,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from .adapters import base_of
+from .adapters import base_of, virtual_tokens
 from .objectives import shifts_labels
 from .tasks.scoring import OptionLabels
 
@@ -90,7 +90,7 @@ class Packing:
         self._head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         config: Any = getattr(base, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        virtual = virtual_tokens(model) > 0
         self._additive_mask = getattr(config, "_attn_implementation", None) == "eager"
         self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self._causal = shifts_labels(model)

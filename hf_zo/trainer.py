@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from . import measurement
+from .adapters import virtual_tokens
 from .directions import Probe, space_of
 from .estimators import METHODS, Estimator
 from .hub.callbacks import ZOTrainerCallback, card_of
@@ -382,8 +383,6 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
 
 def trained_kind(model: nn.Module) -> Trained:
     """What a model's trainable parameters are, as the recommended settings distinguish it."""
-    config = getattr(model, "peft_config", None)
-    if not isinstance(config, Mapping) or not config:
-        return "full"
-    peft_type = str(getattr(next(iter(config.values())).peft_type, "value", "")).upper()
-    return "prefix" if peft_type in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING") else "lora"
+    if virtual_tokens(model):
+        return "prefix"
+    return "lora" if getattr(model, "peft_config", None) else "full"

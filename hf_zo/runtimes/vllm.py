@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from ..adapters import base_of
+from ..adapters import base_of, virtual_tokens
 from ..objectives import shifts_labels
 from .torch import Randomness
 
@@ -64,8 +64,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, max_tokens: int = 8192, max_length: int | None = None) -> None:
         base = base_of(model)
-        virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-        if virtual:
+        if virtual_tokens(model):
             raise EngineError("zo_runtime='vllm' has no virtual tokens (prefix and prompt tuning); use LoRA, or 'torch'.")
         if not shifts_labels(model):
             raise EngineError(

@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from ..adapters import draw_adapter, start_prefix
+from ..adapters import draw_adapter, start_prefix, virtual_tokens
 from ..hub import ModelCardCallback
 from ..precision import cpu_multiplies_16_bit
 from ..trainer import ZOTrainer
@@ -186,8 +186,7 @@ def _encode(task: Task, split: str, rows: list[Any], tokenizer: Any, form: Form,
 def _context_length(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task) -> int:
     """Most tokens of a row that model and tokenizer take, less those of a prefix and of the answer to be generated."""
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    prefix = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
-    return min(positions, tokenizer.model_max_length) - prefix - (MAX_NEW_TOKENS if task.options is None else 0)
+    return min(positions, tokenizer.model_max_length) - virtual_tokens(model) - (MAX_NEW_TOKENS if task.options is None else 0)
 
 
 def _by_length(rows: list[Any], encoded: EncodedRows) -> tuple[list[Any], EncodedRows]:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters import base_of
+from ..adapters import base_of, virtual_tokens
 
 
 class OptionLabels(dict):
@@ -50,8 +50,7 @@ class OptionCollator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module | None = None) -> None:
-        virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-        self.left = tokenizer.padding_side == "left" and not virtual
+        self.left = tokenizer.padding_side == "left" and not virtual_tokens(model)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad = 0 if pad is None else pad
         takes = inspect.signature(base_of(model).forward).parameters if model is not None else {}
