@@ -24,7 +24,8 @@ import torch
 from hardware import environment
 from torch import nn
 
-from hf_zo.adapters import adapted_layers, attach, basis_of, calibrate
+from hf_zo.adapters import attach, basis_of, calibrate
+from hf_zo.anatomy import adapted_layers
 from hf_zo.directions import Direction, Probe, space_of
 from hf_zo.estimators import METHODS
 

@@ -15,7 +15,7 @@ Not centred, unlike PEFT's EVA, which also redistributes ranks: the mean input i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -26,7 +26,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import noise
-from .runtimes.prefix import blocks_of
+from .anatomy import (
+    adapted_layers,
+    adapted_output_layer,
+    blocks_of,
+    factors_of,
+    new_heads,
+    output_layer,
+    output_layer_name,
+    virtual_tokens,
+)
 from .runtimes.torch import evaluation_mode
 
 logger = logging.getLogger(__name__)
@@ -82,7 +91,7 @@ def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-
     narrow = {name: width for name, module in chosen.items() if (width := min(_shape(module))) < rank}
     for name, width in narrow.items():
         logger.warning("zo_act_rank=%d exceeds a dimension of %s and is %d there.", rank, name, width)
-    head = head_name(model) if with_head else None
+    head = output_layer_name(model) if with_head else None
     ranks = dict(narrow) if head is None else {**narrow, head: max(rank, _HEAD_RANK)}
     task_type = _task_type(model)
     config = LoraConfig(
@@ -101,7 +110,7 @@ def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-
 
 
 def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    head, heads = _head(model), tuple(new_heads(model))
+    head, heads = output_layer(model), tuple(new_heads(model))
     found: dict[str, nn.Module] = {}
     foreign: set[str] = set()
     if targets == "one-block":
@@ -132,26 +141,6 @@ def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
 
 def _is_called(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
-
-
-def new_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Heads of a classifier, by name: modules that pre-training has not seen. A language model has none.
-
-    Of a model of transformers it is all beside its body, such as DeBERTa's pooler or the `qa_outputs` of question answering.
-    """
-    if _head(model) is not None:
-        return {}
-    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    if isinstance(body, nn.Module) and body is not model:
-        beside = {name: module for name, module in model.named_children() if module is not body}
-        return {name: module for name, module in beside.items() if next(module.parameters(), None) is not None}
-    named = {name: getattr(model, name, None) for name in ("classifier", "score")}
-    return {name: module for name, module in named.items() if isinstance(module, nn.Module)}
-
-
-def label_number(base: nn.Module) -> int | None:
-    """How many labels a classifier was made for, which a base model alone does not tell; None for other models."""
-    return getattr(getattr(base, "config", None), "num_labels", None) if new_heads(base) else None
 
 
 def _written_by_block(model: nn.Module) -> str:
@@ -186,65 +175,23 @@ def _task_type(model: nn.Module) -> str | None:
     return found[0] if found else None
 
 
-def base_of(model: nn.Module) -> Any:
-    """The model itself, without the wrapper that PEFT puts around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def virtual_tokens(model: nn.Module | None) -> int:
-    """How many virtual tokens an adapter puts before every text (prefix, prompt and p-tuning); 0 without such an adapter."""
-    return getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    """The output layer of a language model, under PEFT too; None if the model has none."""
-    return getattr(base_of(model), "get_output_embeddings", lambda: None)()
-
-
-def head_name(model: nn.Module) -> str | None:
-    """Name of a language model's output layer; None if the model has none."""
-    head = _head(model)
-    return None if head is None else next(name for name, module in model.named_modules() if module is head)
-
-
 def freeze_basis(model: nn.Module) -> None:
     """Train B alone, and nothing on the output layer; loading an adapter as trainable unfreezes A."""
     for _, layer in adapted_layers(model):
         layer.lora_A.requires_grad_(False)
-    freeze_head(model)
+    freeze_output_layer(model)
 
 
-def freeze_head(model: nn.Module) -> None:
+def freeze_output_layer(model: nn.Module) -> None:
     """Freeze the adapter on a language model's output layer, if there is one: `hf_zo.head` has fitted it."""
-    head = adapted_head(model)
+    head = adapted_output_layer(model)
     if head is not None:
         cast(nn.Module, head).requires_grad_(False)
-
-
-def adapted_head(model: nn.Module) -> LoraLayer | None:
-    """The LoRA layer on a language model's output layer, if there is one."""
-    head = _head(model)
-    return head if isinstance(head, LoraLayer) else None
-
-
-def adapted_layers(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:
-    """Names and layers that carry the active adapter."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and module.active_adapters[0] in module.lora_A
-    ]
 
 
 def basis_of(layer: LoraLayer) -> torch.Tensor:
     """``V^T`` of a layer, r x d_in."""
     return factors_of(layer)[0]
-
-
-def factors_of(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """A, r x d_in, and B, d_out x r, of a layer."""
-    name = layer.active_adapters[0]
-    return cast(torch.Tensor, layer.lora_A[name].weight), cast(torch.Tensor, layer.lora_B[name].weight)
 
 
 def check_basis(model: nn.Module) -> None:

@@ -31,9 +31,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from . import noise
-from .adapters import adapted_layers, factors_of
+from .anatomy import adapted_layers, blocks_of, factors_of
 from .head import FOLDS, HeadFit, cross_validated, minimum
-from .runtimes.prefix import blocks_of
 
 logger = logging.getLogger(__name__)
 

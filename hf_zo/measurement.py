@@ -19,8 +19,9 @@ import torch.distributed
 from torch import nn
 from transformers import Trainer
 
+from .anatomy import shifts_labels
 from .directions import Probe
-from .objectives import OBJECTIVES, contributions, example_count, label_count, logits_of, shifts_labels
+from .objectives import OBJECTIVES, contributions, example_count, label_count, logits_of
 from .packing import Packing, example_of_items, numbered
 from .precision import LossesSeen, fp32_losses
 from .preparation import Preparation

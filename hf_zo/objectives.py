@@ -14,19 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .adapters import base_of
+from .anatomy import shifts_labels
 from .tasks.generation import greedy_answers, reference_answers
 from .tasks.scoring import OptionLabels, option_predictions, option_scores
 from .tasks.text import token_f1
 
 Objective = Callable[[Any, nn.Module, Mapping[str, Any]], torch.Tensor]
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether position i of the logits predicts label i + 1, as in causal language models."""
-    return type(base_of(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def label_count(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor | int:

@@ -30,8 +30,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from .adapters import base_of, virtual_tokens
-from .objectives import shifts_labels
+from .anatomy import base_of, shifts_labels, virtual_tokens
 from .tasks.scoring import OptionLabels
 
 logger = logging.getLogger(__name__)

@@ -18,18 +18,8 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from .adapters import (
-    adapted_head,
-    adapted_layers,
-    attach,
-    basis_of,
-    calibrate,
-    check_basis,
-    draw_basis,
-    factors_of,
-    freeze_basis,
-    freeze_head,
-)
+from .adapters import attach, basis_of, calibrate, check_basis, draw_basis, freeze_basis, freeze_output_layer
+from .anatomy import adapted_layers, adapted_output_layer, factors_of
 from .checkpoints import is_weightless
 from .depth import DepthError, attention_outputs, fit_depth
 from .engine_runs import EngineRuns
@@ -99,12 +89,12 @@ class Preparation(EngineRuns):
     def _check_head(self, model: nn.Module) -> None:
         """Refuse ``zo_head_samples`` where there is no output layer to fit, and leave what is fitted out of the training."""
         output_layer(model)
-        freeze_head(model)
+        freeze_output_layer(model)
         self._brings_fit = self._is_trained(model)
 
     def _is_trained(self, model: nn.Module) -> bool:
         """Whether what would be fitted has been trained before: the output layer's adapter, or that of ZO-Act."""
-        head = adapted_head(model)
+        head = adapted_output_layer(model)
         layers = [layer for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
         return any(bool(factors_of(layer)[1].any()) for layer in [*layers, *([] if head is None else [head])])
 
@@ -119,7 +109,7 @@ class Preparation(EngineRuns):
                 if starts and not self._calibrated:
                     self._calibrate()
             if self.args.zo_head_samples:
-                freeze_head(model)
+                freeze_output_layer(model)
                 if starts:
                     self._fit_head()
         finally:
@@ -156,7 +146,7 @@ class Preparation(EngineRuns):
         if self._brings_fit:
             logger.info("The adapter that was passed is trained already: the output layer is not fitted again.")
             return
-        head = adapted_head(self.model)
+        head = adapted_output_layer(self.model)
         fitted = list(output_layer(self.model).parameters() if head is None else factors_of(head))
         start = [p.detach().clone() for p in fitted]
         with evaluation_mode(self.model), Randomness(self.model.parameters()), torch.no_grad():
@@ -255,7 +245,7 @@ class Preparation(EngineRuns):
         if self.accelerator.num_processes > 1:
             trained = [p for p in model.parameters() if p.requires_grad]
             bases = [basis_of(layer) for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
-            head = adapted_head(model) if self.args.zo_head_samples else None
+            head = adapted_output_layer(model) if self.args.zo_head_samples else None
             for p in [*trained, *bases, *(() if head is None else factors_of(head))]:
                 torch.distributed.broadcast(p.detach().view(-1).view(torch.uint8), src=0)
 

@@ -18,8 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .adapters import factors_of
-from .objectives import shifts_labels
+from .anatomy import factors_of, shifts_labels
 from .tasks.scoring import OptionLabels
 
 _PLACES = 4000  # tokens of free answers that a fit looks at: it takes no more of its time than some options would

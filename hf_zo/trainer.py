@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from . import measurement
-from .adapters import virtual_tokens
+from .anatomy import virtual_tokens
 from .directions import Probe, space_of
 from .estimators import METHODS, Estimator
 from .hub.callbacks import ZOTrainerCallback, card_of

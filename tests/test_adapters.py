@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from hf_zo import ZOTrainer
-from hf_zo.adapters import activation_adapter, adapted_layers, attach, basis_of, calibrate, new_heads, start_prefix
+from hf_zo.adapters import activation_adapter, attach, basis_of, calibrate, start_prefix
+from hf_zo.anatomy import adapted_layers, new_heads
 
 
 def batches(rows: int = 24, size: int = 6) -> list[dict[str, torch.Tensor]]:

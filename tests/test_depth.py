@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_zo import ZOTrainingArguments, depth, head, preparation
-from hf_zo.adapters import adapted_layers, attach, check_basis, factors_of
+from hf_zo.adapters import attach, check_basis
+from hf_zo.anatomy import adapted_layers, factors_of
 from hf_zo.depth import attention_outputs, fit_depth
 from hf_zo.head import HeadFit
 

@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from hf_zo import Trajectory, TrajectoryError, ZOTrainer, ZOTrainingArguments, cli, replay
-from hf_zo.adapters import attach, factors_of
+from hf_zo.adapters import attach
+from hf_zo.anatomy import factors_of
 from hf_zo.depth import DepthError
 from hf_zo.head import RIDGES, fit_head, fitted, output_layer, read
 from hf_zo.tasks import OptionCollator, OptionLabels, option_loss

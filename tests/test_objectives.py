@@ -5,7 +5,7 @@ from tasks.tiny import ROWS, make_bpe, make_wordpiece, tiny
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
-from hf_zo.objectives import OBJECTIVES, accuracy, f1, label_count, shifts_labels
+from hf_zo.objectives import OBJECTIVES, accuracy, f1, label_count
 from hf_zo.tasks import TASKS, OptionCollator, encode_rows, option_loss, option_predictions
 
 SQUAD = [
@@ -231,14 +231,6 @@ def test_an_unknown_objective_lists_those_there_are(bpe, trainer_of):
     encoded, collator, _ = squad_batch(bpe)
     with pytest.raises(ValueError, match="zo_objective='bleu' does not exist; choose one of loss, accuracy, f1"):
         trainer_of(tiny("llama", bpe), encoded, collator, zo_objective="bleu")
-
-
-def test_which_models_shift_their_labels(bpe):
-    wordpiece = make_wordpiece()
-    assert all(shifts_labels(tiny(kind, bpe)) for kind in ("llama", "gpt2", "opt"))
-    assert not shifts_labels(tiny("mlm", wordpiece))
-    assert not shifts_labels(tiny("classes", wordpiece))
-    assert shifts_labels(get_peft_model(tiny("llama", bpe), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])))
 
 
 def test_what_a_mean_loss_is_a_mean_of(bpe):

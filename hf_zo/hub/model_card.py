@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 
 from .._version import __version__
-from ..adapters import base_of, label_number
+from ..anatomy import base_of, label_number
 from ..estimators import METHODS, hyperparameters
 from ..trajectory import SEALED_NAME
 

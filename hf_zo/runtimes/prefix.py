@@ -19,14 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..anatomy import blocks_of
+
 logger = logging.getLogger(__name__)
-
-
-def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a model by name, from front to back: its longest list of modules of one kind; empty if it has none."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1]
-    name, blocks = max(lists, key=lambda found: len(found[1]), default=("", ()))
-    return {f"{name}.{i}".lstrip("."): block for i, block in enumerate(blocks)}
 
 
 class SharedPrefix:

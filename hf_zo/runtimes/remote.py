@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from ..adapters import base_of
+from ..anatomy import base_of
 from ..tasks.scoring import OptionLabels
 from .vllm import EngineError
 

@@ -28,8 +28,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from ..adapters import base_of, virtual_tokens
-from ..objectives import shifts_labels
+from ..anatomy import base_of, shifts_labels, virtual_tokens
 from .torch import Randomness
 
 MINIMUM = (0, 11)

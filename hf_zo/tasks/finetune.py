@@ -26,7 +26,8 @@ from transformers import (
     set_seed,
 )
 
-from ..adapters import draw_adapter, start_prefix, virtual_tokens
+from ..adapters import draw_adapter, start_prefix
+from ..anatomy import virtual_tokens
 from ..hub import ModelCardCallback
 from ..precision import cpu_multiplies_16_bit
 from ..trainer import ZOTrainer

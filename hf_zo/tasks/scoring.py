@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters import base_of, virtual_tokens
+from ..anatomy import base_of, virtual_tokens
 
 
 class OptionLabels(dict):

@@ -33,7 +33,8 @@ from support import (
 )
 
 from hf_zo import NonFiniteLossError, Trajectory, replay
-from hf_zo.adapters import adapted_layers, basis_of
+from hf_zo.adapters import basis_of
+from hf_zo.anatomy import adapted_layers
 from hf_zo.directions import ExampleDirections, displace, space_of
 from hf_zo.estimators import METHODS
 from hf_zo.optimizer import ZOOptimizer

@@ -46,7 +46,8 @@ from transformers import (
 )
 
 from hf_zo import Trajectory, ZOTrainer, replay
-from hf_zo.adapters import adapted_layers, basis_of
+from hf_zo.adapters import basis_of
+from hf_zo.anatomy import adapted_layers
 from hf_zo.runtimes.torch import evaluation_mode
 from hf_zo.runtimes.vllm import Engine, EngineError
 from hf_zo.tasks import OptionCollator, encode_rows, get_task, option_loss

@@ -1,0 +1,91 @@
+"""What a model consists of is found under PEFT's wrapper as without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from tasks.tiny import make_bpe, make_wordpiece, tiny
+
+from hf_zo.anatomy import (
+    adapted_layers,
+    adapted_output_layer,
+    base_of,
+    blocks_of,
+    factors_of,
+    label_number,
+    new_heads,
+    output_layer,
+    output_layer_name,
+    shifts_labels,
+    virtual_tokens,
+)
+from hf_zo.trainer import trained_kind
+
+CAUSAL = ("llama", "gpt2", "opt")
+
+
+def model_of(kind: str) -> Any:
+    return tiny(kind, make_bpe() if kind in CAUSAL else make_wordpiece())
+
+
+def with_lora(*targets: str) -> Any:
+    return get_peft_model(model_of("llama"), LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=list(targets)))
+
+
+def test_which_models_shift_their_labels() -> None:
+    assert all(shifts_labels(model_of(kind)) for kind in CAUSAL)
+    assert not shifts_labels(model_of("mlm"))
+    assert not shifts_labels(model_of("classes"))
+    assert shifts_labels(with_lora("q_proj"))
+
+
+def test_base_and_blocks() -> None:
+    plain = model_of("llama")
+    assert base_of(plain) is plain
+    adapted = with_lora("q_proj")
+    assert type(base_of(adapted)) is type(plain)
+    assert list(blocks_of(plain)) == ["model.layers.0", "model.layers.1"]
+    assert list(blocks_of(adapted)) == ["base_model.model.model.layers.0", "base_model.model.model.layers.1"]
+    assert list(blocks_of(model_of("gpt2"))) == ["transformer.h.0", "transformer.h.1"]
+    assert blocks_of(torch.nn.Linear(2, 2)) == {}
+
+
+def test_output_layers_and_new_heads() -> None:
+    plain = model_of("llama")
+    assert output_layer(plain) is plain.lm_head
+    assert output_layer_name(plain) == "lm_head"
+    assert output_layer_name(with_lora("q_proj")) == "base_model.model.lm_head"
+    assert (new_heads(plain), label_number(plain)) == ({}, None)
+    classifier = model_of("classes")
+    assert (output_layer(classifier), output_layer_name(classifier)) == (None, None)
+    assert list(new_heads(classifier)) == ["classifier"]
+    assert label_number(classifier) == classifier.config.num_labels == 2
+
+
+def test_adapted_layers_and_their_factors() -> None:
+    model = with_lora("q_proj", "lm_head")
+    layers = dict(adapted_layers(model))
+    assert [name.rsplit(".", 1)[-1] for name in layers] == ["q_proj", "q_proj", "lm_head"]
+    assert adapted_output_layer(model) is layers["base_model.model.lm_head"]
+    assert adapted_output_layer(with_lora("q_proj")) is None
+    a, b = factors_of(layers["base_model.model.lm_head"])
+    assert (a.shape, b.shape) == ((2, 16), (model.config.vocab_size, 2))
+    assert not b.any()
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "kind"),
+    [
+        (None, 0, "full"),
+        (LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), 0, "lora"),
+        (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), 3, "prefix"),
+        (PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), 5, "prefix"),
+    ],
+)
+def test_virtual_tokens_decide_what_is_trained(config: Any, tokens: int, kind: str) -> None:
+    model = model_of("llama") if config is None else get_peft_model(model_of("llama"), config)
+    assert (virtual_tokens(model), trained_kind(model)) == (tokens, kind)
+    assert virtual_tokens(None) == 0
