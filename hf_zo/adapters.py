@@ -28,12 +28,12 @@ from transformers.pytorch_utils import Conv1D
 from . import noise
 from .anatomy import (
     adapted_layers,
-    adapted_output_layer,
+    adapted_lm_head,
     blocks_of,
     factors_of,
+    lm_head_name,
+    lm_head_of,
     new_heads,
-    output_layer,
-    output_layer_name,
     virtual_tokens,
 )
 from .runtimes.torch import evaluation_mode
@@ -91,7 +91,7 @@ def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-
     narrow = {name: width for name, module in chosen.items() if (width := min(_shape(module))) < rank}
     for name, width in narrow.items():
         logger.warning("zo_act_rank=%d exceeds a dimension of %s and is %d there.", rank, name, width)
-    head = output_layer_name(model) if with_head else None
+    head = lm_head_name(model) if with_head else None
     ranks = dict(narrow) if head is None else {**narrow, head: max(rank, _HEAD_RANK)}
     task_type = _task_type(model)
     config = LoraConfig(
@@ -110,7 +110,7 @@ def attach(model: nn.Module, rank: int = 8, targets: str | Sequence[str] = "all-
 
 
 def _targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    head, heads = output_layer(model), tuple(new_heads(model))
+    head, heads = lm_head_of(model), tuple(new_heads(model))
     found: dict[str, nn.Module] = {}
     foreign: set[str] = set()
     if targets == "one-block":
@@ -184,7 +184,7 @@ def freeze_basis(model: nn.Module) -> None:
 
 def freeze_output_layer(model: nn.Module) -> None:
     """Freeze the adapter on a language model's output layer, if there is one: `hf_zo.head` has fitted it."""
-    head = adapted_output_layer(model)
+    head = adapted_lm_head(model)
     if head is not None:
         cast(nn.Module, head).requires_grad_(False)
 
@@ -245,12 +245,8 @@ def start_prefix(model: PeftModel, seed: int) -> PeftModel:
     As in MeZO's published runs (arXiv 2305.17333, prefix tuning): PEFT's own start, unit noise, is nothing that the model's
     attention has ever read.
     """
-    size = model.get_input_embeddings().num_embeddings
-    ids = (
-        (size * noise.uniform(noise.stream_key(seed, 0, 0, "adapter", "prefix"), virtual_tokens(model)))
-        .long()[None]
-        .to(model.device)
-    )
+    drawn = noise.uniform(adapter_key(seed, "prefix"), virtual_tokens(model), model.device)
+    ids = (model.get_input_embeddings().num_embeddings * drawn).long()[None]
     with model.disable_adapter(), evaluation_mode(model):
         read = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
     initialize_kv_prefix_from_past_key_values(model, past_key_values=read)

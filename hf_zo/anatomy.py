@@ -23,14 +23,14 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{i}".lstrip("."): block for i, block in enumerate(blocks)}
 
 
-def output_layer(model: nn.Module) -> nn.Module | None:
+def lm_head_of(model: nn.Module) -> nn.Module | None:
     """The output layer of a language model, under PEFT too; None if the model has none."""
     return getattr(base_of(model), "get_output_embeddings", lambda: None)()
 
 
-def output_layer_name(model: nn.Module) -> str | None:
+def lm_head_name(model: nn.Module) -> str | None:
     """Name of a language model's output layer; None if the model has none."""
-    head = output_layer(model)
+    head = lm_head_of(model)
     return None if head is None else next(name for name, module in model.named_modules() if module is head)
 
 
@@ -39,7 +39,7 @@ def new_heads(model: nn.Module) -> dict[str, nn.Module]:
 
     Of a model of transformers it is all beside its body, such as DeBERTa's pooler or the `qa_outputs` of question answering.
     """
-    if output_layer(model) is not None:
+    if lm_head_of(model) is not None:
         return {}
     body = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if isinstance(body, nn.Module) and body is not model:
@@ -73,9 +73,9 @@ def adapted_layers(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:
     ]
 
 
-def adapted_output_layer(model: nn.Module) -> LoraLayer | None:
+def adapted_lm_head(model: nn.Module) -> LoraLayer | None:
     """The LoRA layer on a language model's output layer, if there is one."""
-    head = output_layer(model)
+    head = lm_head_of(model)
     return head if isinstance(head, LoraLayer) else None
 
 

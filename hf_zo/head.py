@@ -32,7 +32,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .anatomy import adapted_output_layer, base_of, factors_of, new_heads, output_layer_name, shifts_labels
+from .anatomy import adapted_lm_head, base_of, factors_of, lm_head_name, new_heads, shifts_labels
 from .readings import Logits, common_options, read
 from .tasks.scoring import OptionCollator
 
@@ -103,8 +103,8 @@ def fittable(model: nn.Module, collator: Any, rows: Iterable[Any]) -> int | None
         collator: of the training; prompts with options are known by `OptionCollator`.
         rows: training rows, as the collator takes them; none is read where the model has no place for a fit.
     """
-    is_language_model = output_layer_name(model) is not None
-    if is_language_model and isinstance(model, PeftModel) and adapted_output_layer(model) is None:
+    is_language_model = lm_head_name(model) is not None
+    if is_language_model and isinstance(model, PeftModel) and adapted_lm_head(model) is None:
         return None
     if is_language_model and isinstance(collator, OptionCollator):
         prompts = list(rows)
@@ -143,11 +143,11 @@ def output_layer(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if there is none, with what to do.
     """
-    layer = adapted_output_layer(model)
+    layer = adapted_lm_head(model)
     if layer is not None:
         return cast(nn.Module, layer)
     base = base_of(model)
-    name = output_layer_name(base)
+    name = lm_head_name(base)
     if name is not None:
         raise ValueError(f"zo_head_samples fits an adapter on the output layer; add {name!r} to the adapter's target_modules.")
     trained = _trained_heads(base)

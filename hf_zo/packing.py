@@ -30,7 +30,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from .anatomy import base_of, shifts_labels, virtual_tokens
+from .anatomy import base_of, lm_head_of, shifts_labels, virtual_tokens
 from .tasks.scoring import OptionLabels
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Packing:
     def __init__(self, model: nn.Module, enabled: bool = True, in_rows: bool = True) -> None:
         self.model = model
         base = base_of(model)
-        self._head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        self._head = lm_head_of(model)
         config: Any = getattr(base, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         virtual = virtual_tokens(model) > 0

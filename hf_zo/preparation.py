@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from .adapters import attach, basis_of, calibrate, check_basis, draw_basis, freeze_basis, freeze_output_layer
-from .anatomy import adapted_layers, adapted_output_layer, factors_of
+from .anatomy import adapted_layers, adapted_lm_head, factors_of
 from .checkpoints import is_weightless
 from .depth import DepthError, attention_outputs, fit_depth
 from .engine_runs import EngineRuns
@@ -94,7 +94,7 @@ class Preparation(EngineRuns):
 
     def _is_trained(self, model: nn.Module) -> bool:
         """Whether what would be fitted has been trained before: the output layer's adapter, or that of ZO-Act."""
-        head = adapted_output_layer(model)
+        head = adapted_lm_head(model)
         layers = [layer for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
         return any(bool(factors_of(layer)[1].any()) for layer in [*layers, *([] if head is None else [head])])
 
@@ -146,7 +146,7 @@ class Preparation(EngineRuns):
         if self._brings_fit:
             logger.info("The adapter that was passed is trained already: the output layer is not fitted again.")
             return
-        head = adapted_output_layer(self.model)
+        head = adapted_lm_head(self.model)
         fitted = list(output_layer(self.model).parameters() if head is None else factors_of(head))
         start = [p.detach().clone() for p in fitted]
         with evaluation_mode(self.model), Randomness(self.model.parameters()), torch.no_grad():
@@ -245,7 +245,7 @@ class Preparation(EngineRuns):
         if self.accelerator.num_processes > 1:
             trained = [p for p in model.parameters() if p.requires_grad]
             bases = [basis_of(layer) for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
-            head = adapted_output_layer(model) if self.args.zo_head_samples else None
+            head = adapted_lm_head(model) if self.args.zo_head_samples else None
             for p in [*trained, *bases, *(() if head is None else factors_of(head))]:
                 torch.distributed.broadcast(p.detach().view(-1).view(torch.uint8), src=0)
 

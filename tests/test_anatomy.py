@@ -11,14 +11,14 @@ from tasks.tiny import make_bpe, make_wordpiece, tiny
 
 from hf_zo.anatomy import (
     adapted_layers,
-    adapted_output_layer,
+    adapted_lm_head,
     base_of,
     blocks_of,
     factors_of,
     label_number,
+    lm_head_name,
+    lm_head_of,
     new_heads,
-    output_layer,
-    output_layer_name,
     shifts_labels,
     virtual_tokens,
 )
@@ -55,12 +55,12 @@ def test_base_and_blocks() -> None:
 
 def test_output_layers_and_new_heads() -> None:
     plain = model_of("llama")
-    assert output_layer(plain) is plain.lm_head
-    assert output_layer_name(plain) == "lm_head"
-    assert output_layer_name(with_lora("q_proj")) == "base_model.model.lm_head"
+    assert lm_head_of(plain) is plain.lm_head
+    assert lm_head_name(plain) == "lm_head"
+    assert lm_head_name(with_lora("q_proj")) == "base_model.model.lm_head"
     assert (new_heads(plain), label_number(plain)) == ({}, None)
     classifier = model_of("classes")
-    assert (output_layer(classifier), output_layer_name(classifier)) == (None, None)
+    assert (lm_head_of(classifier), lm_head_name(classifier)) == (None, None)
     assert list(new_heads(classifier)) == ["classifier"]
     assert label_number(classifier) == classifier.config.num_labels == 2
 
@@ -69,8 +69,8 @@ def test_adapted_layers_and_their_factors() -> None:
     model = with_lora("q_proj", "lm_head")
     layers = dict(adapted_layers(model))
     assert [name.rsplit(".", 1)[-1] for name in layers] == ["q_proj", "q_proj", "lm_head"]
-    assert adapted_output_layer(model) is layers["base_model.model.lm_head"]
-    assert adapted_output_layer(with_lora("q_proj")) is None
+    assert adapted_lm_head(model) is layers["base_model.model.lm_head"]
+    assert adapted_lm_head(with_lora("q_proj")) is None
     a, b = factors_of(layers["base_model.model.lm_head"])
     assert (a.shape, b.shape) == ((2, 16), (model.config.vocab_size, 2))
     assert not b.any()

@@ -17,7 +17,7 @@ from torch import nn
 
 from .._version import __version__
 from ..adapters import adapter_key, adapter_values
-from ..anatomy import adapted_output_layer, base_of, factors_of, label_number, new_heads
+from ..anatomy import adapted_lm_head, base_of, factors_of, label_number, new_heads
 from ..estimators import hyperparameters
 from ..optimizer import ZOOptimizer
 from .file import FORMAT, Trajectory, TrajectoryError
@@ -79,7 +79,7 @@ def header_of(
 
 def _fitted(model: nn.Module, trained: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The factors of an output layer's adapter that is not trained: `hf_zo.head` has fitted it."""
-    head = adapted_output_layer(model)
+    head = adapted_lm_head(model)
     factors = [] if head is None else [id(p) for p in factors_of(head)]
     return {name: p for name, p in model.named_parameters() if id(p) in factors and name not in trained}
 
