@@ -44,6 +44,9 @@ from .training_args import Trained, ZOTrainingArguments, recommended
 
 logger = logging.getLogger(__name__)
 
+LEVEL_STEPS = 10
+"""Steps from the start whose probes all had one loss, after which a warning says that nothing is learnt."""
+
 
 class NonFiniteLossError(FloatingPointError):
     """A probe gave NaN or infinity. The weights are restored and nothing was applied."""
@@ -81,7 +84,8 @@ class ZOTrainerMixin(Measurement):
         if not isinstance(args, ZOTrainingArguments):
             raise TypeError(
                 f"args is a {type(args).__name__}; {type(self).__name__} needs ZOTrainingArguments or a dataclass that "
-                "derives from it, such as `class MyConfig(ZOTrainingArguments, SFTConfig)`."
+                "derives from it, such as `class MyConfig(ZOTrainingArguments, SFTConfig)`, by name where args is not the "
+                "trainer's second argument."
             )
         args = copy.copy(args)  # what is left unset is set below, for this model
         if args.zo_auto:
@@ -97,6 +101,7 @@ class ZOTrainerMixin(Measurement):
         self._objective_fn = objective_fn
         self._window: list[dict[str, Any]] = []
         self._last_loss = math.nan
+        self._level: float = 0  # steps so far whose probes all had one loss; negative once they differed
         self._metrics_of_step: dict[str, float] = {}
         self._given = (
             kwargs.get("data_collator", rest[0] if rest else None),
@@ -109,7 +114,10 @@ class ZOTrainerMixin(Measurement):
             )
         if args.zo_method == "zo_act" and model is not None:
             model = self._with_basis_adapter(model, args)
-        super().__init__(model, args, *rest, **kwargs)
+        if rest:
+            super().__init__(model, args, *rest, **kwargs)
+        else:  # by name: in TRL's DPOTrainer the second place is another's
+            super().__init__(model=model, args=args, **kwargs)
         if args.zo_head_samples:
             self._check_head(self.model)
         self._check_model(self.model)
@@ -232,6 +240,7 @@ class ZOTrainerMixin(Measurement):
             if isinstance(callback, ZOTrainerCallback):
                 callback.trainer = self
         self._losses_seen, self._operations_per_token = LossesSeen(), None  # the model may be another one, or cast
+        self._level = 0
         return super().train(*args, **kwargs)
 
     # ---- the step --------------------------------------------------------------------------------------------------
@@ -248,6 +257,7 @@ class ZOTrainerMixin(Measurement):
 
         Returns the loss of the whole window with its last micro-batch and zero before: the Trainer adds them up.
         """
+        model.train()  # as in the Trainer's step: others tell by it whether a loss is one of training; probes turn dropout off
         self._window.append(super()._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -290,6 +300,7 @@ class ZOTrainerMixin(Measurement):
                 # E s^2 is the squared gradient norm for directions of unit variance
                 "grad_norm": math.sqrt(sum(s * s for s in estimate.projected_gradients) / len(estimate.projected_gradients)),
             }
+            self._warn_of_level_losses(losses_of_step)
             if self._engine is not None and self.state.global_step == 0:
                 self._warn_of_rounding(self._engine.rounding, 2 * optimizer.estimator.eps * self._metrics_of_step["grad_norm"])
         empty_cache_steps = self.args.torch_empty_cache_steps
@@ -301,6 +312,18 @@ class ZOTrainerMixin(Measurement):
             finite = [loss for loss in losses_of_step if math.isfinite(loss)]
             return torch.tensor(sum(finite) / max(len(finite), 1), device=self.args.device)
         return torch.tensor(self._last_loss, device=self.args.device)
+
+    def _warn_of_level_losses(self, losses: Sequence[float]) -> None:
+        """Say once that probes do not differ, if they have not done so since the start."""
+        self._level = self._level + 1 if min(losses) == max(losses) else -math.inf
+        if self._level == LEVEL_STEPS:
+            logger.warning(
+                "In the first %d steps the loss was the same at every probe, so that nothing is learnt: zo_eps=%g is too small "
+                "for these weights or for an objective of steps, or the loss does not depend on the weights, as one that "
+                "detaches them (policy gradients do).",
+                LEVEL_STEPS,
+                self._zo_optimizer.estimator.eps,
+            )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The Trainer's; for an evaluation by options, also the form in which nothing is wasted (`Packing`)."""

@@ -29,6 +29,7 @@ from support import (
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import (
+    LlamaForCausalLM,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -264,11 +265,36 @@ def test_seq2seq_trainer(tmp_path: Path) -> None:
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
-@pytest.mark.slow
-def test_trl_sft_trainer_logs_probes_as_training(tmp_path: Path) -> None:
-    import datasets
+def words_of_trl() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "the", "film", "was", "good", "bad", "very", "long", "and", "I", "liked", "it"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+TRL: dict[str, Any] = dict(
+    max_steps=3,
+    logging_steps=1,
+    eval_strategy="steps",
+    eval_steps=1,
+    per_device_train_batch_size=2,
+    report_to="none",
+    save_strategy="no",
+    use_cpu=True,
+    disable_tqdm=True,
+    max_length=32,
+    zo_eps=1e-2,
+    learning_rate=1e-2,
+)
+
+
+@pytest.mark.slow
+def test_trl_sft_trainer_logs_probes_as_training(tmp_path: Path) -> None:
+    """Also after evaluations, and for a model that comes in evaluation mode, as loaded ones do."""
+    import datasets
     from trl import SFTConfig, SFTTrainer
 
     class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):
@@ -278,26 +304,10 @@ def test_trl_sft_trainer_logs_probes_as_training(tmp_path: Path) -> None:
     class ZOSFTConfig(ZOTrainingArguments, SFTConfig):
         pass
 
-    words = ["<pad>", "<eos>", "the", "film", "was", "good", "bad", "very", "long", "and", "I", "liked", "it"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     rows = datasets.Dataset.from_list([{"text": "the film was good and I liked it"}, {"text": "very long"}] * 4)
-    arguments = ZOSFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        logging_steps=1,
-        per_device_train_batch_size=2,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        max_length=32,
-        zo_eps=1e-2,
-        learning_rate=1e-2,
-    )
-    model = tiny_llama()
-    trainer = ZOSFTTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=fast)
+    model = tiny_llama().eval()
+    arguments = ZOSFTConfig(output_dir=str(tmp_path), **TRL)
+    trainer = ZOSFTTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=words_of_trl())
     before = digest(model)
     trainer.train()
     assert digest(model) != before
@@ -306,6 +316,46 @@ def test_trl_sft_trainer_logs_probes_as_training(tmp_path: Path) -> None:
     assert all("mean_token_accuracy" in entry and "zo/projected_gradient" in entry for entry in logs)
     evaluated = trainer.evaluate()
     assert math.isfinite(evaluated["eval_loss"])
+
+
+@pytest.mark.slow
+def test_trl_dpo_trainer(tmp_path: Path) -> None:
+    """Its second argument is not args. The reference model stays where it is while probes move the other."""
+    import datasets
+    from trl import DPOConfig, DPOTrainer
+
+    class ZODPOTrainer(ZOTrainerMixin, DPOTrainer):
+        pass
+
+    @dataclass
+    class ZODPOConfig(ZOTrainingArguments, DPOConfig):
+        pass
+
+    tiny_llama().save_pretrained(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    rows = datasets.Dataset.from_list([{"prompt": "the film", "chosen": "was good", "rejected": "was very long"}] * 8)
+    arguments = ZODPOConfig(output_dir=str(tmp_path), **{**TRL, "max_steps": 30, "eval_steps": 30, "learning_rate": 0.1})
+    trainer = ZODPOTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=words_of_trl())
+    reference = digest(trainer.ref_model)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-2)  # both models are one
+    assert logs[-1]["loss"] < 0.6
+    assert all("rewards/margins" in entry for entry in logs)
+    assert digest(trainer.ref_model) == reference
+
+
+def test_a_loss_that_no_probe_changes_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, and only if it has never changed."""
+
+    def detached(model: nn.Module, inputs: Any) -> float:
+        return 1.0
+
+    turns = iter(range(10_000))
+    for objective, warnings in ((detached, 1), (lambda model, inputs: 1.0 + (next(turns) % 7 == 6), 0), (None, 0)):
+        caplog.clear()
+        trainer_of(tmp_path, max_steps=25, trainer_kwargs={"objective_fn": objective}).train()
+        assert sum("nothing is learnt" in record.message for record in caplog.records) == warnings
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
