@@ -11,6 +11,7 @@ hour on one core.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -32,7 +33,6 @@ from hf_zo.estimators import METHODS
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 FORWARDS = 3000
 SEEDS = range(5)
 RATES = [10 ** (k / 4) for k in range(-13, 2)]
@@ -186,6 +186,9 @@ def plot(results: dict[str, Any], file: Path) -> None:
 
 def main() -> None:
     """Run all arms, write the results and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of toy.json and toy.png")
+    folder = parser.parse_args().output
     torch.set_num_threads(1)
     begin = time.time()
     results: dict[str, Any] = {}
@@ -207,8 +210,8 @@ def main() -> None:
         "results": results,
         "environment": environment(),
     }
-    (RESULTS / "toy.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(results, RESULTS / "toy.png")
+    (folder / "toy.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(results, folder / "toy.png")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Takes the review sentences in `demo_data`; put your own files, columns, prompt a
 in their last token alone let the recipe fit the output layer, and middle blocks, before its first step.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
@@ -51,4 +51,6 @@ def main(model: str) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a language model: a folder, or its name on the Hub")
+    main(parser.parse_args().model)

@@ -7,8 +7,8 @@
 The model learns to complete the prompts of `demo_data`. `SFTTrainer` prepares the texts, logs and saves as it always does.
 """
 
+import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,4 +62,6 @@ def main(name: str) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a language model: a folder, or its name on the Hub")
+    main(parser.parse_args().model)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
@@ -55,8 +56,12 @@ def label_number(base: nn.Module) -> int | None:
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether position i of the logits predicts label i + 1, as in causal language models."""
-    return type(base_of(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    """Whether position i of the logits predicts label i + 1, as in causal language models, with images or without."""
+    base = base_of(model)
+    if {cls.__name__ for cls in type(base).__mro__} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        return True
+    shifts = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
+    return shifts and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
 
 
 def virtual_tokens(model: nn.Module | None) -> int:

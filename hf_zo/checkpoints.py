@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .adapters import packed_weights_kept
@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_START_NAME = "trajectory.start.safetensors"
+_START_NAME = "_trajectory.start.safetensors"  # no upload takes what begins so
+_WEIGHTS = ("*model*.safetensors", "*model*.bin", "*model*.json")
 
 
 class TrajectoryCheckpoints(_Base):
@@ -66,6 +67,7 @@ class TrajectoryCheckpoints(_Base):
     _began: str | None = None  # hash of the weights before the first step of all
     _kept: int | None = None  # the step whose weights, the best, were loaded at the end of training
     _losses: list[float]
+    _prepared = 0  # forward passes before the first step
     _server: Server | None = None
     _served: TrajectoryLog | None = None  # the log of the run that the server follows
 
@@ -96,7 +98,10 @@ class TrajectoryCheckpoints(_Base):
         """Open the log of this run: anew, or with the steps of the checkpoint that is resumed."""
         if self._log is not None:
             self._log.close()
-        self._log, start = None, self._start() if self.args.should_save else None
+        self._log = None
+        if not self.args.zo_save_weights and self.args.load_best_model_at_end:
+            self._check_start()
+        start = self._start() if self.args.should_save else None
         folder = Path(str(self.args.output_dir))
         if start is not None:
             self._began = self._began or start.header["initial_hash"]
@@ -107,12 +112,30 @@ class TrajectoryCheckpoints(_Base):
             # The best checkpoint is walked to from the start, which by then has been trained over.
             save_file({name: p.detach().clone() for name, p in self._zo_optimizer.params.items()}, folder / _START_NAME)
 
+    def _check_start(self) -> None:
+        """On every process.
+
+        Raises:
+            ValueError: if the run is resumed from weights that are not those it began with, and needs these.
+        """
+        folder = Path(self._resume_from or "")
+        if self._resume_from is None or is_weightless(folder) or not (folder / SEALED_NAME).is_file():
+            return
+        if any(where == "base" for *_, where in Trajectory.read(folder).header["tensors"]):
+            raise ValueError(
+                "zo_save_weights=False with load_best_model_at_end=True walks to the best weights from those that the run "
+                f"began with, and {folder} brings later ones. Resume with zo_save_weights=True."
+            )
+
     def _start(self) -> Trajectory | None:
         """What the log of this run begins with; None, with a warning, where its steps would not lead to its weights."""
         optimizer, settings = self._zo_optimizer, self.args.estimator_kwargs()
         if self._resume_from is not None:
             if not (Path(self._resume_from) / SEALED_NAME).is_file():
                 logger.warning("%s has no trajectory, so this run writes none: it would begin midway.", self._resume_from)
+                return None
+            if not is_weightless(self._resume_from) and not (Path(self._resume_from) / OPTIMIZER_NAME).is_file():
+                logger.warning("%s has no state of the method, so this run writes no trajectory.", self._resume_from)
                 return None
             start = Trajectory.read(self._resume_from)
             changed = changed_since(start.header, rule_of(optimizer, settings))
@@ -147,6 +170,8 @@ class TrajectoryCheckpoints(_Base):
         if _internal_call and folder.name.startswith(PREFIX_CHECKPOINT_DIR) and self._leaves_out_weights:
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
+                for old in (file for pattern in (*_WEIGHTS, OPTIMIZER_NAME) for file in folder.glob(pattern)):
+                    old.unlink()  # another run's, which was saved here before
                 self.model.config.save_pretrained(folder)
                 torch.save(self.args, folder / TRAINING_ARGS_NAME)
         else:
@@ -216,8 +241,9 @@ class TrajectoryCheckpoints(_Base):
             if checkpoint is not None:
                 self._verify_loaded(Path(checkpoint))
             return
-        trajectory = Trajectory.read(checkpoint)
-        self._walk_from_start(trajectory, verified=True)
+        self._zo_optimizer.reset()  # of what the same trainer has trained before
+        self._zo_optimizer.forward_passes = self._prepared
+        self._walk_from_start(Trajectory.read(checkpoint), verified=True)
         assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, lr in zip(self._zo_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -268,6 +294,8 @@ class TrajectoryCheckpoints(_Base):
                 module, _, leaf = name.rpartition(".")
                 p.data = self.model.get_parameter(name).detach().to(self._dtypes[name])
                 setattr(self.model.get_submodule(module), leaf, p)
+            if best is not None:
+                self._verify_loaded(Path(best))
             return
         logger.info("Replaying the best checkpoint, %s.", best)
         optimizer = self._zo_optimizer
@@ -299,5 +327,4 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 def is_weightless(checkpoint: str | Path) -> bool:
     """Whether a checkpoint holds a trajectory and no weights."""
     folder = Path(checkpoint)
-    weights = ("*model*.safetensors", "*model*.bin", "*model*.json")
-    return (folder / SEALED_NAME).is_file() and not any(any(folder.glob(pattern)) for pattern in weights)
+    return (folder / SEALED_NAME).is_file() and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS)

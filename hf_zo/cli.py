@@ -277,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("trajectory", type=Path, help="trajectory.safetensors, trajectory.log, or a folder with one")
     again.add_argument("-o", "--output", type=Path, required=True, help="folder for the rebuilt model or adapter")
     again.add_argument("--until", type=int, help="stop after this many steps; reads a torn log up to its last good step")
-    again.add_argument("--approximate", action="store_true", help="allow a dtype or device that rounds differently")
+    again.add_argument("--approximate", action="store_true", help="allow another kind of device, which rounds differently")
     again.add_argument("--adapter", type=Path, help="folder with a zo_act run's adapter; default: beside the trajectory")
     write = commands.add_parser("card", help="write the model card of a finished run again")
     write.add_argument("run_dir", type=Path)

@@ -53,9 +53,12 @@ def estimate_gradient(
         ValueError: for an unknown method, a value outside its domain, or one tensor under two names.
         FloatingPointError: if a loss is not finite.
     """
-    unknown = set(settings) - set(hyperparameters(method))
+    known = set(hyperparameters(method)) - {"per_example"}  # which takes the losses of examples
+    unknown = set(settings) - known
     if unknown:
-        raise TypeError(f"method {method!r} has no hyperparameter {', '.join(sorted(unknown))}.")
+        raise TypeError(
+            f"method {method!r} has no hyperparameter {', '.join(sorted(unknown))} here; it has {', '.join(sorted(known))}."
+        )
     names: dict[int, str] = {}
     for name, p in params.items():
         if names.setdefault(p.data_ptr(), name) != name and p.numel():

@@ -59,19 +59,16 @@ class Measurement(Preparation):
     ) -> list[float]:
         """Losses of the pooled window at ``probes``: over micro-batches, then over processes. fp64; the same on all ranks."""
         assert self._runtime is not None
-        num_items = self._items_if_read(model, window[0], num_items)
+        num_items = self._items_if_read(model, window, num_items)
         scaled = self._loss_is_scaled(num_items)
-        # Scores other than accuracy, and functions that users give, are means over examples.
-        per_label = self._objective_fn is None and self.args.zo_objective in ("loss", "accuracy")
 
         def weights_of(window: Sequence[dict[str, Any]]) -> list[float]:
             if scaled:  # each loss is a sum over its items, divided by the items of the window
                 return [1.0] * len(window)
-            return [float(label_count(self.model, x) if per_label else example_count(x)) for x in window]
+            return [float(label_count(self.model, x) if self._measures_labels else example_count(x)) for x in window]
 
         def pooled(window: Sequence[dict[str, Any]], weights: Sequence[float]) -> torch.Tensor:
-            losses = [self._probe_loss(model, dict(inputs), num_items).double() for inputs in window]
-            total = sum(w * x for w, x in zip(weights, losses, strict=True))
+            total = sum(w * self._probe_loss(model, dict(x), num_items).double() for w, x in _counted(weights, window))
             return total if scaled else total / max(sum(weights), 1.0)  # type: ignore[return-value]
 
         def loss_of(batch: dict[str, Any]) -> torch.Tensor:
@@ -114,7 +111,8 @@ class Measurement(Preparation):
         if scaled and num_items is not None:
             weight = 1.0 if self.args.average_tokens_across_devices else float(num_items)
         mine = self._runtime.losses(probes, measure)
-        *sums, total_weight = self._sum_over_ranks(torch.tensor([*(weight * x for x in mine), weight], dtype=torch.float64))
+        mine = [weight * x if weight else 0.0 for x in mine]  # without labels, a loss is NaN
+        *sums, total_weight = self._sum_over_ranks(torch.tensor([*mine, weight], dtype=torch.float64))
         return [x / total_weight for x in sums]
 
     def _numbered(self, window: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
@@ -144,7 +142,7 @@ class Measurement(Preparation):
             ValueError: on the first batch, if the loss is not the mean cross-entropy of labels or options.
         """
         total, causal = torch.zeros(examples, dtype=torch.float64, device=self.args.device), shifts_labels(self.model)
-        for w, inputs in zip(weights, window, strict=True):
+        for w, inputs in _counted(weights, window):
             with self.compute_loss_context_manager(), fp32_losses(self.model, self._losses_seen):
                 loss, outputs = self.compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=num_items)
             items = contributions(self.model, logits_of(outputs), inputs, num_items if scaled else None, self.args.zo_objective)
@@ -152,7 +150,7 @@ class Measurement(Preparation):
                 items = items * self.accelerator.num_processes  # as the Trainer does with its loss
             if not self._examples_checked and self.args.zo_objective == "loss":
                 added, whole = float(items.sum()), float(loss)
-                if abs(added - whole) > 1e-2 * max(1.0, abs(whole)):
+                if abs(added - whole) > 1e-3 * max(1.0, abs(whole)):
                     raise ValueError(
                         f"zo_per_example=True takes the loss for a mean cross-entropy: {added:.5g} on the first batch, whose "
                         f"loss is {whole:.5g}. Unset zo_per_example, or the loss function of your own."
@@ -174,9 +172,14 @@ class Measurement(Preparation):
         with self.compute_loss_context_manager(), fp32_losses(self.model, self._losses_seen):
             return self.compute_loss(model, inputs, num_items_in_batch=num_items).float()
 
+    @property
+    def _measures_labels(self) -> bool:
+        """Whether a probe measures the loss or accuracy of labels; other scores and functions are means over examples."""
+        return self._objective_fn is None and self.args.zo_objective in ("loss", "accuracy")
+
     def _reads_labels_only(self, window: Sequence[Mapping[str, Any]]) -> bool:
         """Whether nothing but the loss looks at the outputs, so that a batch may be rewritten (`Packing`)."""
-        if self._objective_fn is not None or self.args.zo_objective == "f1":
+        if not self._measures_labels:
             return False
         if all(isinstance(inputs.get("labels"), OptionLabels) for inputs in window):
             return True
@@ -188,7 +191,7 @@ class Measurement(Preparation):
         return mine and super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[attr-defined]
 
     def _items_if_read(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+        self, model: nn.Module, window: Sequence[dict[str, Any]], num_items: torch.Tensor | int | None
     ) -> torch.Tensor | int | None:
         """``num_items`` if the loss divides by it, else None, so that micro-batches are averaged and not added up.
 
@@ -197,6 +200,7 @@ class Measurement(Preparation):
         if num_items is None or not self._loss_is_scaled(num_items) or getattr(self, "loss_is_scaled_for_ga", None):
             return num_items
         if self._divides_by_items is None:
+            inputs = next((x for x in window if label_count(self.model, x)), window[0])
             once, half = (float(self._model_loss(model, dict(inputs), n)) for n in (num_items, 2 * num_items))
             if once == 0 or not math.isfinite(once):
                 return num_items  # tells nothing
@@ -231,3 +235,9 @@ class Measurement(Preparation):
         values = values.to(self.args.device)
         torch.distributed.all_reduce(values)
         return [float(x) for x in values.tolist()]
+
+
+def _counted(weights: Sequence[float], window: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
+    """Micro-batches with their weights, without those that nothing is measured on: the loss of no label is NaN."""
+    pairs = list(zip(weights, window, strict=True))
+    return [(w, x) for w, x in pairs if w] or pairs

@@ -62,7 +62,7 @@ def contributions(
         logits: what it made of the batch.
         inputs: the batch.
         num_items: what the loss divides the sum over its items by; None for the number of items.
-        score: ``"loss"``, or ``"accuracy"`` for what examples with options add to one minus their accuracy.
+        score: ``"loss"``, or ``"accuracy"`` for what every item adds to one minus the accuracy.
     """
     labels = inputs["labels"]
     if isinstance(labels, OptionLabels):
@@ -75,7 +75,11 @@ def contributions(
         labels = inputs["shift_labels"]
     elif labels.ndim > 1 and shifts_labels(model):
         logits, labels = logits[:, :-1], labels[:, 1:]
-    items = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
+    logits, labels = logits.flatten(0, -2), labels.flatten()
+    if score == "accuracy":
+        items = (logits.argmax(-1).ne(labels) & labels.ne(-100)).float()
+    else:
+        items = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
     return items / (labels.ne(-100).sum() if num_items is None else num_items)
 
 

@@ -24,7 +24,7 @@ from .checkpoints import is_weightless
 from .depth import DepthError, attention_outputs, fit_depth
 from .engine_runs import EngineRuns
 from .head import HeadFit, fit_head, fittable, output_layer
-from .objectives import logits_of
+from .objectives import example_count, logits_of
 from .packing import Packing, numbered
 from .runtimes.torch import Randomness, evaluation_mode
 from .tasks.scoring import OptionLabels, option_scores
@@ -40,7 +40,9 @@ class Preparation(EngineRuns):
 
     _packing: Packing
     _calibrated = False
+    _brings_adapter = False  # ZO-Act's was passed
     _brings_fit = False  # an adapter that was passed has been trained already
+    _fits: dict[str, str] | None = None  # what came of the fits, for the card; None where resuming has brought them
     _chose_depth = False  # zo_method="auto" did, where nobody had asked for zo_fit_depth
     _given: tuple[Any, Any] = (None, None)  # data collator and training rows, before the Trainer has them
 
@@ -75,7 +77,12 @@ class Preparation(EngineRuns):
             logger.info(said, args.zo_head_samples, args.zo_fit_depth)
         if isinstance(model, PeftModel):
             freeze_basis(model)
-            self._calibrated = True
+            rank = getattr(model.peft_config[model.active_adapters[0]], "r", None)
+            if args.zo_act_rank not in (8, rank):
+                raise ValueError(
+                    f"zo_act_rank={args.zo_act_rank}, but the adapter that was passed has rank {rank}; leave it unset."
+                )
+            self._calibrated = self._brings_adapter = True
             return model
         targets = args.zo_act_targets
         self._calibrated = False
@@ -143,7 +150,9 @@ class Preparation(EngineRuns):
 
     def _fit_head(self) -> None:
         """Fit the output layer to training rows, the same on every process, and leave all random states alone."""
+        self._fits = {}
         if self._brings_fit:
+            self._fits["output layer"] = "of the adapter that was passed, not fitted again"
             logger.info("The adapter that was passed is trained already: the output layer is not fitted again.")
             return
         head = adapted_lm_head(self.model)
@@ -161,7 +170,7 @@ class Preparation(EngineRuns):
         batches = self.training_batches(self.args.zo_head_samples)
         if self.args.zo_fit_depth:  # options are put together anew, and their tokens have to be known by example
             batches = [numbered(batch, 0) if isinstance(batch.get("labels"), OptionLabels) else batch for batch in batches]
-        batches = [self._prepare_inputs(batch) for batch in batches]
+        batches = [self._packed(batch) for batch in batches]
         try:
             found = fit_head(self.model, batches, self._logits)
         except ValueError as error:
@@ -169,14 +178,22 @@ class Preparation(EngineRuns):
                 raise
             raise ValueError(f"zo_method='auto' cannot fit the output layer: set zo_method='zo_act'. {error}") from error
         logger.info("The output layer: %s", _told(found.facts))
+        self._note_fit("output layer", f"fitted to {sum(map(example_count, batches)):,} rows first", found.facts)
         if self.args.zo_fit_depth:
             try:
-                logger.info("The middle blocks: %s", _told(self._fit_depth(batches, found)))
+                facts = self._fit_depth(batches, found)
+                logger.info("The middle blocks: %s", _told(facts))
+                self._note_fit("middle blocks", "a direction each, fitted to the same rows", facts)
             except DepthError as error:
                 if not self._chose_depth:
                     raise
                 self.args.zo_fit_depth = False
                 logger.warning("zo_method='auto' leaves the middle blocks as they are. %s", error)
+
+    def _note_fit(self, what: str, fitted: str, facts: Mapping[str, float]) -> None:
+        assert self._fits is not None
+        better = facts["loss_after"] < facts["loss_before"]
+        self._fits[what] = fitted if better else "as before: fitted to some rows, it predicted others worse"
 
     def _fit_depth(self, batches: list[dict[str, Any]], found: HeadFit) -> dict[str, float]:
         """Continue the fit in the middle blocks.
@@ -216,8 +233,15 @@ class Preparation(EngineRuns):
         """``wanted`` training rows, collated and on the device, in batches of the training's size."""
         rows = self._training_rows(wanted)
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        size, place = self._train_batch_size, super()._prepare_inputs
-        return [place(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
+        size = self._train_batch_size
+        return [self._prepare_inputs(collate(rows[i : i + size])) for i in range(0, len(rows), size)]
+
+    def _packed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch by options in the form in which nothing is wasted (`Packing`); others as they are."""
+        if not isinstance(inputs.get("labels"), OptionLabels):
+            return inputs
+        with torch.no_grad():
+            return self._packing(inputs, lambda batch: self.compute_loss(self.model, batch))  # type: ignore[arg-type, return-value]
 
     def plain_forward(self, inputs: Mapping[str, Any]) -> None:
         """One forward pass as training makes it, under the weights as they stand and by the model's own layers."""
@@ -247,7 +271,10 @@ class Preparation(EngineRuns):
             bases = [basis_of(layer) for _, layer in adapted_layers(model)] if self.args.zo_method == "zo_act" else []
             head = adapted_lm_head(model) if self.args.zo_head_samples else None
             for p in [*trained, *bases, *(() if head is None else factors_of(head))]:
-                torch.distributed.broadcast(p.detach().view(-1).view(torch.uint8), src=0)
+                whole = p.detach().contiguous()
+                torch.distributed.broadcast(whole.view(-1).view(torch.uint8), src=0)
+                if whole.data_ptr() != p.data_ptr():
+                    p.data.copy_(whole)
 
 
 def _told(facts: Mapping[str, float]) -> str:

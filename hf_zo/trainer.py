@@ -39,7 +39,7 @@ from .precision import LossesSeen, warn_of_slow_products
 from .runtimes import TorchRuntime
 from .runtimes.remote import Server
 from .runtimes.torch import Randomness, evaluation_mode
-from .tasks.scoring import OptionLabels
+from .tasks.scoring import option_loss, option_predictions
 from .training_args import Trained, ZOTrainingArguments, recommended
 
 logger = logging.getLogger(__name__)
@@ -146,6 +146,11 @@ class ZOTrainerMixin(Measurement):
                     f"{name} is quantised ({type(p).__name__}, {p.dtype}) and cannot be trained; freeze it and train a PEFT "
                     "adapter on top."
                 )
+        if self.args.zo_per_example and (self.label_smoother is not None or self.compute_loss_func not in (None, option_loss)):
+            raise ValueError(
+                "zo_per_example=True takes the loss for a mean cross-entropy, and label_smoothing_factor or compute_loss_func "
+                "makes it another one. Unset one of them."
+            )
 
     def _resolve_defaults(self) -> None:
         lr, eps = recommended(self.args.zo_method, trained_kind(self.model), self.args.zo_head_samples > 0)
@@ -202,7 +207,7 @@ class ZOTrainerMixin(Measurement):
         if self._packing.model is not model:
             self._engine = self._engine_of(model)
             self._packing = self._packing_of(model)
-        prepared = self._prepare_start(model)
+        self._prepared = self._prepare_start(model)
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Resuming has loaded the weights by now, and PEFT loads a 16-bit adapter as fp32: the values are the same, but the
         # run would go on with other roundings.
@@ -225,9 +230,10 @@ class ZOTrainerMixin(Measurement):
         estimator: Estimator = METHODS[self.args.zo_method](space_of(params), **self.args.estimator_kwargs())
         # A compiled model calls no hooks: without the model, the runtime mutates weights in place and restores them.
         runs = self._packing.runs if self.args.zo_per_example else None
-        self._runtime = TorchRuntime(params, self.args.zo_restore, None if self.args.torch_compile else model, runs)
+        owner = None if self.args.torch_compile else model
+        self._runtime = TorchRuntime(params, self.args.zo_restore, owner, runs, sharing=self._measures_labels)
         self.optimizer = ZOOptimizer(groups, {p: name for name, p in params.items()}, estimator, inner)
-        self.optimizer.forward_passes = prepared
+        self.optimizer.forward_passes = self._prepared
         self._agree_on_weights(model)
         if self.args.zo_trajectory:
             self._zo_optimizer.register_step_post_hook(self._record)
@@ -258,7 +264,7 @@ class ZOTrainerMixin(Measurement):
         Returns the loss of the whole window with its last micro-batch and zero before: the Trainer adds them up.
         """
         model.train()  # as in the Trainer's step: others tell by it whether a loss is one of training; probes turn dropout off
-        self._window.append(super()._prepare_inputs(inputs))
+        self._window.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         window, self._window = self._window, []
@@ -267,6 +273,11 @@ class ZOTrainerMixin(Measurement):
         if self._server is not None and (self._log is None or self._served is not self._log):
             self._start_server()
         optimizer = self._zo_optimizer
+        frozen = next((name for name, p in optimizer.params.items() if not p.requires_grad), None)
+        if frozen is not None:
+            raise ValueError(
+                f"{frozen} was frozen after training began, and would go on being trained; freeze it before train()."
+            )
         if self.accelerator.num_processes > 1 and (self.state.global_step + 1) % measurement.AGREEMENT_EVERY == 0:
             self._check_agreement(optimizer.params)
         losses_of_step: list[float] = []
@@ -326,12 +337,10 @@ class ZOTrainerMixin(Measurement):
             )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The Trainer's; for an evaluation by options, also the form in which nothing is wasted (`Packing`)."""
+        """The Trainer's; where an evaluation asks for the chosen options alone, also the form in which nothing is wasted."""
         inputs = super()._prepare_inputs(inputs)
-        if not isinstance(inputs.get("labels"), OptionLabels):
-            return inputs
-        with torch.no_grad():
-            return self._packing(inputs, lambda batch: self.compute_loss(self.model, batch))
+        chosen = self.preprocess_logits_for_metrics is option_predictions and "inputs" not in self.args.include_for_metrics
+        return self._packed(inputs) if chosen and not self.model.training else inputs
 
     def _finite(self, losses: list[float]) -> list[float]:
         """Pass finite losses on. All ranks see the same numbers here, so they decide alike."""

@@ -47,6 +47,8 @@ AUTO_DEPTH_OPTIONS = 5  # the fit of middle blocks takes up to a pass over these
 
 # Layer-wise optimizers update inside the backward pass, which does not exist here.
 _NEEDS_BACKWARD = ("lomo", "adalomo", "layerwise")
+# Evaluates, and saves, at other weights than those it trains, which neither probes nor trajectories know.
+_TWO_WEIGHTS = "schedule_free"
 
 
 def recommended(method: str, trained: Trained, after_head: bool = False) -> tuple[float, float]:
@@ -236,6 +238,8 @@ class ZOTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.zo_auto:  # until a trainer decides, so that copies of the arguments stay what they are
             self.zo_method = "auto"
+        if self.device.type == "mps":
+            raise ValueError("The device is mps, which has no fp64, in which losses are pooled; set use_cpu=True.")
         if self.n_gpu > 1:
             raise ValueError(
                 f"n_gpu={self.n_gpu}: DataParallel copies the model in every forward. Start one process per GPU with "
@@ -264,8 +268,8 @@ class ZOTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"zo_server={self.zo_server!r} measures losses only with zo_runtime='vllm'; set it, or unset this."
             )
-        if not self.zo_save_weights and not self.zo_trajectory:
-            raise ValueError("zo_save_weights=False keeps the trajectory instead of weights; leave zo_trajectory at True.")
+        if not self.zo_save_weights:
+            self._check_weightless()
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate} must be a finite number, not negative.")
         for name, least in (("zo_act_rank", 1), ("zo_act_samples", 1), ("zo_head_samples", 0)):
@@ -283,6 +287,12 @@ class ZOTrainingArguments(TrainingArguments):
             )
         if self.zo_seed is not None and not -(2**63) <= self.zo_seed < 2**63:
             raise ValueError(f"zo_seed={self.zo_seed} does not fit into 64 bits.")
+
+    def _check_weightless(self) -> None:
+        if not self.zo_trajectory:
+            raise ValueError("zo_save_weights=False keeps the trajectory instead of weights; leave zo_trajectory at True.")
+        if self.save_only_model:
+            raise ValueError("zo_save_weights=False leaves out what save_only_model=True keeps alone; unset one of them.")
 
     def _check_vllm(self) -> None:
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
@@ -347,6 +357,10 @@ class ZOTrainingArguments(TrainingArguments):
             raise ValueError(f"max_grad_norm={self.max_grad_norm}: there is no gradient to clip; set it to 0 and use zo_clip.")
         if any(part in optim for part in _NEEDS_BACKWARD):
             raise ValueError(f"optim={self.optim!r} updates inside the backward pass; use 'sgd' or 'adamw_torch'.")
+        if optim.startswith(_TWO_WEIGHTS):
+            raise ValueError(
+                f"optim={optim!r} saves other weights than it trains, so that no trajectory leads to them; use a schedule."
+            )
         if self.optim_args and optim == "sgd":
             raise ValueError(
                 f"optim_args={self.optim_args!r} has no effect on the streamed 'sgd'. For momentum pass "

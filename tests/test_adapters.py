@@ -211,6 +211,12 @@ def test_an_earlier_adapter_is_trained_on_with_its_basis(tmp_path: Path) -> None
         assert torch.equal(basis, before[name])
 
 
+def test_another_rank_than_that_of_the_adapter_is_refused(tmp_path: Path) -> None:
+    model, args = activation_adapter(tiny_llama(), batches(), rank=4), trainer_of(tmp_path, "zo_act", zo_act_rank=16).args
+    with pytest.raises(ValueError, match=r"^zo_act_rank=16.*has rank 4"):
+        ZOTrainer(model, args, train_dataset=Sentences(), data_collator=collate)
+
+
 def test_an_ordinary_lora_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no activation basis.*Pass the base model"):
         ZOTrainer(model_of("lora"), trainer_of(tmp_path, "zo_act").args, train_dataset=Sentences(), data_collator=collate)

@@ -8,6 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tasks.tiny import make_bpe, make_wordpiece, tiny
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_zo.anatomy import (
     adapted_layers,
@@ -35,11 +44,21 @@ def with_lora(*targets: str) -> Any:
     return get_peft_model(model_of("llama"), LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=list(targets)))
 
 
+class Renamed(LlamaForCausalLM):
+    """A language model by its parent's name."""
+
+
 def test_which_models_shift_their_labels() -> None:
     assert all(shifts_labels(model_of(kind)) for kind in CAUSAL)
     assert not shifts_labels(model_of("mlm"))
     assert not shifts_labels(model_of("classes"))
     assert shifts_labels(with_lora("q_proj"))
+    assert shifts_labels(Renamed(model_of("llama").config))
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seeing, talking = CLIPVisionConfig(**shape, image_size=8, patch_size=4), LlamaConfig(**shape, vocab_size=8)
+    assert shifts_labels(LlavaForConditionalGeneration(LlavaConfig(vision_config=seeing, text_config=talking)))
+    two_texts = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    assert not shifts_labels(T5ForConditionalGeneration(two_texts))
 
 
 def test_base_and_blocks() -> None:

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import Sentences, arguments_of, assert_same_weights, collate, model_of, tiny_llama, trainer_of, weights_of
+from support import (
+    Recorder,
+    Sentences,
+    arguments_of,
+    assert_same_weights,
+    collate,
+    model_of,
+    tiny_llama,
+    trainer_of,
+    weights_of,
+)
 from torch.utils.data import SequentialSampler
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -18,6 +28,9 @@ from hf_zo.hub.model_card import facts_of
 from hf_zo.trajectory import LOG_NAME, SEALED_NAME
 
 SAVING: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+BEST: dict[str, Any] = {
+    **SAVING, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.5
+}  # fmt: skip
 
 
 def failing_once_at(trainer: Any, step: int) -> Any:
@@ -37,9 +50,8 @@ def failing_once_at(trainer: Any, step: int) -> Any:
 @pytest.mark.parametrize("form", ["full", "lora"])
 @pytest.mark.parametrize("keeps", [True, False])
 def test_trajectory_and_card_are_of_the_best_weights(form: str, keeps: bool, tmp_path: Path) -> None:
-    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.5, "save_steps": 1}
     more = {"eval_dataset": Sentences(8, seed=1), "callbacks": [ModelCardCallback()]}
-    trainer = trainer_of(tmp_path, "mezo", form, **{**SAVING, **best}, zo_save_weights=keeps, trainer_kwargs=more)
+    trainer = trainer_of(tmp_path, "mezo", form, **BEST, zo_save_weights=keeps, trainer_kwargs=more)
     trainer.train()
     trainer.save_model()
     kept = trainer.state.best_global_step
@@ -56,13 +68,65 @@ def test_trajectory_and_card_are_of_the_best_weights(form: str, keeps: bool, tmp
 
 def test_the_best_weights_keep_their_dtype(tmp_path: Path) -> None:
     """PEFT loads a 16-bit adapter as fp32."""
-    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.5, "save_steps": 1}
     more = {"eval_dataset": Sentences(8, seed=1)}
-    trainer = trainer_of(tmp_path, "mezo", "lora", torch.bfloat16, **{**SAVING, **best}, trainer_kwargs=more)
+    trainer = trainer_of(tmp_path, "mezo", "lora", torch.bfloat16, **BEST, trainer_kwargs=more)
     trainer.train()
     trainer.save_model()
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
     replay(model_of("lora", torch.bfloat16), Trajectory.read(tmp_path / SEALED_NAME))
+
+
+def choosing(folder: Path, form: str, **more: Any) -> tuple[Any, dict[int, dict[str, torch.Tensor]]]:
+    """A trainer that loads its best weights at the end, and the weights after every step that it takes."""
+    trainer = trainer_of(folder, "mezo", form, trainer_kwargs={"eval_dataset": Sentences(8, seed=1)}, **{**BEST, **more})
+    after: dict[int, dict[str, torch.Tensor]] = {}
+
+    def see(hook: str, step: int, kwargs: Any) -> None:
+        if hook == "on_step_end":
+            after[step] = weights_of(trainer.model)
+
+    trainer.add_callback(Recorder(see))
+    return trainer, after
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_the_best_weights_are_not_those_of_an_older_run_in_the_same_folder(form: str, tmp_path: Path) -> None:
+    choosing(tmp_path, form, seed=1)[0].train()
+    assert (tmp_path / "checkpoint-1" / "optimizer.pt").is_file()
+    trainer, after = choosing(tmp_path, form, zo_save_weights=False)
+    trainer.train()
+    assert not [file for pattern in ("*model*", "optimizer.pt") for file in tmp_path.glob(f"checkpoint-*/{pattern}")]
+    assert_same_weights(weights_of(trainer.model), after[trainer.state.best_global_step])
+
+
+def test_best_weights_that_are_not_those_of_the_run_are_noticed(tmp_path: Path) -> None:
+    trainer, _ = choosing(tmp_path, "full")
+
+    def replace(hook: str, step: int, kwargs: Any) -> None:
+        if hook == "on_save":
+            file = tmp_path / f"checkpoint-{step}" / "model.safetensors"
+            changed = load_file(file)
+            changed["model.norm.weight"] += 1
+            save_file(changed, file, metadata={"format": "pt"})
+
+    trainer.add_callback(Recorder(replace))
+    with pytest.raises(TrajectoryError, match="are not those of the run"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_best_weights_cannot_be_walked_to_from_the_middle_of_a_run(form: str, tmp_path: Path) -> None:
+    """Of an adapter the trajectory holds the start; of whole weights it is gone once later ones are loaded."""
+    choosing(tmp_path, form, max_steps=2, seed=5)[0].train()
+    resumed, after = choosing(tmp_path, form, max_steps=6, seed=5, zo_save_weights=False)
+    if form == "full":
+        with pytest.raises(ValueError, match=r"^zo_save_weights=False.*zo_save_weights=True"):
+            resumed.train(resume_from_checkpoint=True)
+        assert not after
+    else:
+        resumed.train(resume_from_checkpoint=True)
+        assert 2 < resumed.state.best_global_step < 6
+        assert_same_weights(weights_of(resumed.model), after[resumed.state.best_global_step])
 
 
 @pytest.mark.parametrize("case", ["mezo", "lozo-momentum"])
@@ -142,6 +206,16 @@ def test_a_new_learning_rate_is_no_other_rule(tmp_path: Path) -> None:
     assert_same_weights(weights_of(replay(tiny_llama(), Trajectory.read(tmp_path))), weights_of(slower.model))
 
 
+def test_the_same_trainer_resumes_a_checkpoint_without_weights(tmp_path: Path) -> None:
+    """The state that it has come to by then is not that of the checkpoint."""
+    trainer = trainer_of(tmp_path, "lozo-momentum", "lora", zo_save_weights=False, **SAVING)
+    trainer.train()
+    end, spent = weights_of(trainer.model), trainer._zo_optimizer.forward_passes
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_weights(weights_of(trainer.model), end)
+    assert trainer._zo_optimizer.forward_passes == spent
+
+
 class InOrder(ZOTrainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -189,3 +263,17 @@ def test_resuming_a_run_without_trajectory_warns(tmp_path: Path, caplog: pytest.
     trainer_of(tmp_path, "mezo", **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert "has no trajectory, so this run writes none" in caplog.text
     assert not (tmp_path / LOG_NAME).exists()
+
+
+def test_a_run_that_is_resumed_from_weights_alone_writes_no_trajectory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its average starts anew, which no replay knows."""
+    options = {**SAVING, "save_only_model": True}
+    trainer_of(tmp_path, "lozo-momentum", **{**options, "max_steps": 2}).train()
+    again = trainer_of(tmp_path, "lozo-momentum", **options)
+    again.train(resume_from_checkpoint=True)
+    again.save_model()
+    assert "has no state of the method, so this run writes no trajectory" in caplog.text
+    assert not list(tmp_path.glob("trajectory*"))
+    assert not (tmp_path / "checkpoint-4" / SEALED_NAME).exists()

@@ -154,6 +154,9 @@ def test_unknown_hyperparameter_is_named():
     params = make_params()
     with pytest.raises(TypeError, match=r"'mezo' has no hyperparameter beta, rank"):
         estimate_gradient(loss_of(params), params, rank=2, beta=1)
+    with pytest.raises(TypeError, match=r"per_example here; it has clip, direction, .*num_directions") as refused:
+        estimate_gradient(loss_of(params), params, per_example=True)
+    assert str(refused.value).count("per_example") == 1
 
 
 @pytest.mark.parametrize(

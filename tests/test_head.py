@@ -32,6 +32,7 @@ from hf_zo.adapters import attach
 from hf_zo.anatomy import factors_of
 from hf_zo.depth import DepthError
 from hf_zo.head import RIDGES, fit_head, fitted, output_layer, read
+from hf_zo.hub.model_card import facts_of
 from hf_zo.tasks import OptionCollator, OptionLabels, option_loss
 from hf_zo.tasks.scoring import option_scores
 
@@ -422,6 +423,7 @@ def assert_resumed_equals_whole(tmp_path: Path, make: Callable[..., ZOTrainer] =
     resumed = make(tmp_path / "b", **more)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+    assert resumed._zo_optimizer.forward_passes == whole._zo_optimizer.forward_passes
 
 
 @pytest.mark.parametrize("weights", [True, False])
@@ -478,12 +480,31 @@ def test_a_fit_under_another_adapter_is_part_of_the_trajectory(dtype: torch.dtyp
         replay(without, Trajectory.read(tmp_path / "run"))
 
 
-def test_the_card_tells_of_it(tmp_path: Path) -> None:
-    run = trainer(tmp_path)
+@pytest.mark.parametrize(("wanted", "used"), [(48, 48), (1000, ROWS)])
+def test_the_card_tells_of_it(wanted: int, used: int, tmp_path: Path) -> None:
+    run = trainer(tmp_path, zo_head_samples=wanted)
     run.train()
     run.create_model_card()
-    assert "fitted to 48 rows first" in (tmp_path / "README.md").read_text()
-    assert json.loads((tmp_path / "run_facts.json").read_text())["settings"]["output layer"] == "fitted to 48 rows first"
+    assert f"fitted to {used} rows first" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "run_facts.json").read_text())["settings"]["output layer"] == f"fitted to {used} rows first"
+
+
+def test_the_card_tells_of_a_layer_that_stays(tmp_path: Path) -> None:
+    def sure() -> nn.Module:
+        model = tiny_llama()
+        model.get_output_embeddings().weight.data.mul_(1e6)
+        return model
+
+    def answered(rows: list[torch.Tensor]) -> dict[str, Any]:
+        batch = options(rows)
+        batch["labels"]["target"] = option_scores(logits_of(sure())(batch), batch["labels"]).argmax(1)
+        return batch
+
+    run = trainer(tmp_path, sure(), max_steps=1)
+    run.data_collator = answered
+    run.train()
+    assert not head_of(run.model)["base_model.model.lm_head.lora_B.default.weight"].any()
+    assert facts_of(run)["settings"]["output layer"].startswith("as before")
 
 
 def test_without_it_nothing_is_on_the_output_layer(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,12 @@ class Classifier(nn.Module):
         if labels is None:  # compute_loss_func and label smoothing keep the labels to themselves
             return {"logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    return BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=3, **shape)).eval()
 
 
 CLASSES = [{"input_ids": torch.arange(i, i + 6) % 64, "labels": torch.tensor(i % 3)} for i in range(20)]
@@ -76,20 +81,31 @@ def test_objective_functions_weigh_micro_batches_by_their_examples(tmp_path: Pat
 
 def test_a_model_that_ignores_the_number_of_items_is_averaged_over_the_window(tmp_path: Path) -> None:
     """BERT's classifier takes num_items_in_batch and returns a mean all the same; four batches of two are one of eight."""
-    torch.manual_seed(0)
-    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    model = BertForSequenceClassification(BertConfig(vocab_size=30, num_labels=2, **shape)).eval()
-    generator = torch.Generator().manual_seed(0)
-    rows = [{"input_ids": torch.randint(1, 30, (6,), generator=generator), "labels": torch.tensor(i % 2)} for i in range(8)]
     losses = []
     for size, micro_batches in ((8, 1), (2, 4)):
         arguments = arguments_of(
             tmp_path, "mezo", max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches
         )
-        trainer = ZOTrainer(copy.deepcopy(model), arguments, train_dataset=rows)
+        trainer = ZOTrainer(bert(), arguments, train_dataset=CLASSES[:8])
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("where", range(4))
+@pytest.mark.parametrize("model", [Classifier, bert])
+def test_a_micro_batch_without_labels_changes_nothing(model: Any, where: int, tmp_path: Path) -> None:
+    """The mean over no label is NaN, and tells nothing of whether a model divides by the number of items, as BERT does not."""
+    rows = [{**row, "labels": torch.tensor(-100)} if i == where else row for i, row in enumerate(CLASSES[:4])]
+    losses = []
+    for size, micro_batches in ((4, 1), (1, 4)):
+        arguments = arguments_of(
+            tmp_path, "mezo", max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches
+        )
+        trainer = ZOTrainer(model(), arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_compute_loss_func_and_label_smoothing_are_honoured(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from tasks.tiny import ROWS, make_bpe, make_wordpiece, tiny
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
-from hf_zo.objectives import OBJECTIVES, accuracy, f1, label_count
+from hf_zo.objectives import OBJECTIVES, accuracy, contributions, f1, label_count
 from hf_zo.tasks import TASKS, OptionCollator, encode_rows, option_loss, option_predictions
 
 SQUAD = [
@@ -131,6 +131,35 @@ def test_accuracy_of_a_causal_lm_is_over_shifted_label_tokens(bpe, trainer_of):
     assert float(accuracy(trainer, model, {**batch, "labels": labels})) == pytest.approx(1 / n)
 
 
+@pytest.mark.parametrize("kind", ["classes", "tokens"])
+def test_errors_of_items_add_up_to_one_minus_the_accuracy(kind, bpe, trainer_of):
+    """What zo_per_example measures, with labels right, wrong and left out."""
+    if kind == "classes":
+        tokenizer = make_wordpiece()
+        model, collator = tiny("classes", tokenizer, num_labels=2), DataCollatorWithPadding(tokenizer)
+        encoded = encode_rows(TASKS["sst2"], SST2, tokenizer, 100, "classes")
+        batch = dict(collator(encoded.examples))
+    else:
+        model = tiny("llama", bpe)
+        encoded, collator, batch = squad_batch(bpe)
+    trainer = trainer_of(model, encoded, collator)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        said = logits.argmax(-1) if kind == "classes" else logits[:, :-1].argmax(-1)
+        labels = batch["labels"] if kind == "classes" else batch["labels"][:, 1:]  # a view: what is written is in the batch
+        counted = labels != -100
+        labels[counted] = said[counted]
+        first, *_, last = counted.nonzero().tolist()
+        labels[tuple(first)] = 1 - said[tuple(first)] if kind == "classes" else (said[tuple(first)] + 1) % len(bpe)
+        labels[tuple(last)] = -100
+        items = contributions(model, logits, batch, None, "accuracy")
+        whole = float(accuracy(trainer, model, batch))
+    wrong = torch.zeros(labels.shape)
+    wrong[tuple(first)] = 1 / (int(counted.sum()) - 1)
+    torch.testing.assert_close(items, wrong.flatten())
+    assert float(items.sum()) == pytest.approx(whole, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -219,6 +248,20 @@ def test_a_function_of_ones_own(bpe, trainer_of):
     first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     # The mean of w^2 over a Gaussian perturbation of radius 0.5, both signs: w^2 + 0.25, up to chance.
     assert first == pytest.approx(float(weights.pow(2).mean()) + 0.25, abs=0.02)
+
+
+def test_an_objective_of_another_name_gets_batches_as_they_came(bpe, trainer_of, monkeypatch):
+    model, seen = tiny("llama", bpe), []
+
+    def own(trainer, model, inputs):
+        seen.append((sorted(inputs), inputs["attention_mask"].ndim))
+        return trainer.compute_loss(model, dict(inputs))
+
+    monkeypatch.setitem(OBJECTIVES, "own", own)
+    encoded = encode_rows(TASKS["copa"], COPA, bpe, 400)
+    options = {"zo_objective": "own", "compute_loss_func": option_loss}
+    trainer_of(model, encoded, OptionCollator(bpe, model), **options).train()
+    assert seen == [(["attention_mask", "input_ids", "labels"], 2)] * 4
 
 
 def test_a_function_and_a_name_exclude_each_other(bpe, trainer_of):

@@ -358,6 +358,30 @@ def test_a_loss_that_no_probe_changes_is_told(tmp_path: Path, caplog: pytest.Log
         assert sum("nothing is learnt" in record.message for record in caplog.records) == warnings
 
 
+def test_inputs_of_a_step_are_prepared_by_a_subclass(tmp_path: Path) -> None:
+    class Shortened(ZOTrainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            return {key: x[:, :6] for key, x in super()._prepare_inputs(inputs).items()}
+
+    widths: set[int] = set()
+    own = {"objective_fn": lambda model, inputs: widths.add(inputs["input_ids"].shape[1]) or 0.0}
+    trainer_of(tmp_path, trainer_class=Shortened, trainer_kwargs=own, max_steps=1).train()
+    assert widths == {6}
+
+
+def test_a_tensor_that_is_frozen_in_mid_run_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+
+    def freeze(hook: str, step: int, kwargs: Any) -> None:
+        if hook == "on_step_begin" and step == 2:
+            trainer.model.model.norm.requires_grad_(False)
+
+    trainer.add_callback(Recorder(freeze))
+    with pytest.raises(ValueError, match=r"^model\.norm\.weight was frozen.*before train\(\)"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="ZOTrainingArguments"):
         ZOTrainer(tiny_llama(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"))

@@ -38,6 +38,7 @@ NAN = float("nan")
         ({"optim": "lomo"}, "optim", "sgd"),
         ({"optim": "adalomo"}, "optim", "sgd"),
         ({"optim": "galore_adamw_layerwise"}, "optim", "sgd"),
+        ({"optim": "schedule_free_adamw"}, "optim", "use a schedule"),
         ({"optim_args": "momentum=0.9"}, "optim_args", "optimizer_cls_and_kwargs"),
         # outside the domain
         ({"zo_direction": "cauchy"}, "zo_direction", "rademacher"),
@@ -48,6 +49,7 @@ NAN = float("nan")
         ({"zo_server": "http://127.0.0.1:8123"}, "zo_server", "zo_runtime='vllm'"),
         ({"zo_server": "http://127.0.0.1:8123", "zo_runtime": "vllm", "zo_trajectory": False}, "zo_server", "zo_trajectory"),
         ({"zo_server": "http://127.0.0.1:8123", "zo_runtime": "vllm", "zo_restore": "in_place"}, "zo_restore", "auto"),
+        ({"zo_save_weights": False, "save_only_model": True}, "zo_save_weights", "save_only_model"),
         ({"zo_nonfinite": "ignore"}, "zo_nonfinite", "skip"),
         ({"zo_restore": "undo"}, "zo_restore", "transient"),
         ({"zo_restore": "transient", "torch_compile": True}, "zo_restore", "copy"),

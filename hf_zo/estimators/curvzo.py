@@ -122,6 +122,10 @@ class CurvZO(Estimator):
             raise ValueError(f"curvzo_mix must lie in [0, 1], got {mix}.")
         if reweight not in _EXPONENT:
             raise ValueError(f"curvzo_reweight={reweight!r} does not exist; choose one of {', '.join(_EXPONENT)}.")
+        if budget is not None and mix != 0.5:
+            raise ValueError(
+                f"curvzo_mix={mix} adapts a budget, and curvzo_budget={budget} is fixed; leave one of them at its default."
+            )
         if budget is not None and not 1 <= budget < math.inf:
             raise ValueError(f"curvzo_budget must be at least 1 block or coordinate, or None, got {budget}.")
         if granularity not in ("block", "coordinate"):

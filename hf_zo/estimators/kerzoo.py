@@ -88,6 +88,10 @@ class KerZOO(Estimator):
             raise ValueError(f"kerzoo_range must lie in (0, 1], got {range}.")
         if half_life < 1:
             raise ValueError(f"kerzoo_half_life must be at least 1, got {half_life}.")
+        unused = {"constant": constant != 4.0, "range": range != 1.0, "half_life": half_life != 1000, "rescale": not rescale}
+        if str(order) == "richardson" and any(unused.values()):
+            named = ", ".join(f"kerzoo_{name}" for name, given in unused.items() if given)
+            raise ValueError(f"kerzoo_order='richardson' has no kernel and makes nothing of {named}; leave it at its default.")
         self.num_directions = num_directions
         self.order = str(order)
         self.constant = constant

@@ -125,7 +125,7 @@ class LoZO(Estimator):
         if not self.state:
             return fresh
         old = self.state["left"][name].to(fresh.device)
-        if self.state["interval"] != now.interval and fresh.shape != self.space[name].shape:
+        if self.state["interval"] != now.interval and len(self.space[name].shape) > 1:
             before = LowRankDirection(self.space, self.seed, 0, self.state["interval"], self.rank)
             _, n, _ = now.matrix(name)
             old = old @ (before.right(name).T @ now.right(name)) / n

@@ -67,9 +67,10 @@ class ModelCardCallback(ZOTrainerCallback):
     """
 
     def __init__(self, **about: str | list[str]) -> None:
-        unknown = about.keys() - {"model_name", "dataset", "dataset_name", "task_type", "license", "language", "tags"}
+        known = ("model_name", "dataset", "dataset_name", "task_type", "license", "language", "tags")
+        unknown = about.keys() - set(known)
         if unknown:
-            raise TypeError(f"ModelCardCallback does not take {', '.join(sorted(unknown))}.")
+            raise TypeError(f"ModelCardCallback does not take {', '.join(sorted(unknown))}, but {', '.join(known)}.")
         self.about: dict[str, Any] = dict(about)
         self._peak: float | None = None
 
@@ -79,9 +80,8 @@ class ModelCardCallback(ZOTrainerCallback):
         self._peak = None
         if trainer.train_dataset is None or not _restart_peak(args.device):
             return
-        batch = trainer.training_batches(args.per_device_train_batch_size)[0]
         with torch.no_grad(), evaluation_mode(trainer.model), Randomness(trainer.model.parameters()):
-            trainer.plain_forward(batch)
+            trainer.plain_forward(trainer.training_batches(args.per_device_train_batch_size)[0])
         self.about["inference_memory"] = _peak(args.device)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -83,11 +83,11 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
     readers = args.world_size if args.zo_parallel == "data" else 1  # processes that read rows of their own
     settings = {
         **{key: value for key, value in {**hyperparameters(method), **args.estimator_kwargs()}.items() if value is not None},
-        **({f.removeprefix("zo_act_"): getattr(args, f) for f in _ZO_ACT} if method == "zo_act" else {}),
-        "learning rate": args.learning_rate,
+        **(_basis_settings(trainer) if method == "zo_act" else {}),
+        "learning rate": max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups),
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "update": rule,
-        "weight decay": args.weight_decay,
+        "weight decay": max(group["weight_decay"] for group in optimizer.param_groups),
         "examples per step": trainer._train_batch_size * args.gradient_accumulation_steps * readers,
         "steps": trainer.state.global_step,
         "data seed": args.data_seed if args.data_seed is not None else args.seed,
@@ -96,9 +96,7 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
     if args.zo_direction != "factorised":
         del settings["direction_rank"]  # nothing was made of it
     if args.zo_head_samples:
-        settings["output layer"] = f"fitted to {args.zo_head_samples:,} rows first"
-    if args.zo_fit_depth:
-        settings["middle blocks"] = "a direction each, fitted to the same rows"
+        settings |= trainer._fits if trainer._fits is not None else {"output layer": "fitted before the first step"}
     if args.zo_runtime != "torch":
         settings["runtime"] = args.zo_runtime
     kept = trainer._kept
@@ -148,7 +146,13 @@ _TASK_TYPES = {
     "AudioClassification": "audio-classification",
 }
 
-_ZO_ACT = ("zo_act_rank", "zo_act_basis", "zo_act_samples", "zo_act_targets", "zo_act_exclude_first_token")
+
+def _basis_settings(trainer: ZOTrainerMixin) -> dict[str, Any]:
+    """What ZO-Act's adapter was made by; of one that was passed, its rank."""
+    if trainer._brings_adapter:
+        return {"rank": _adapter_facts(trainer.model)["rank"]}
+    names = ("rank", "basis", "samples", "targets", "exclude_first_token")
+    return {name: getattr(trainer.args, f"zo_act_{name}") for name in names}
 
 
 def _adapter_facts(model: Any) -> dict[str, Any]:

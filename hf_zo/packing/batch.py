@@ -68,6 +68,17 @@ def example_of_items(batch: Mapping[str, Any], causal: bool) -> torch.Tensor:
     return examples.view(-1, *[1] * (labels.ndim - 1)).expand_as(labels).flatten()
 
 
+def twice(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch with all its rows once more."""
+    doubled = {key: torch.cat([x, x]) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
+    if isinstance(labels := inputs["labels"], OptionLabels):
+        again = labels["scored"].clone()
+        again[..., 0][again[..., 3] >= 0] += len(inputs["input_ids"])
+        target = torch.cat([labels["target"]] * 2)
+        doubled["labels"] = OptionLabels(target=target, scored=torch.cat([labels["scored"], again]))
+    return doubled
+
+
 def runs_of_examples(examples: torch.Tensor | None, tokens: int) -> list[tuple[int, int, int]]:
     """Stretches ``(begin, end, example)`` of the flattened tokens that a layer sees; the padding of packed rows is in none.
 

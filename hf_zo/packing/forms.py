@@ -14,7 +14,7 @@ from torch import nn
 
 from ..anatomy import base_of, lm_head_of, shifts_labels, virtual_tokens
 from ..tasks.scoring import OptionLabels
-from .batch import EXAMPLES, KEPT, REWRITABLE, runs_of_examples
+from .batch import EXAMPLES, KEPT, REWRITABLE, runs_of_examples, twice
 from .lengths import by_length
 from .rows import Place, cheapest_layout, counts_from_zero, dealt_out, families_of, laid_out
 
@@ -64,7 +64,9 @@ class Packing:
         self._hidden_size = getattr(config, "hidden_size", None) or 1024
         self._window = getattr(config, "sliding_window", None) or float("inf")
         self.form: Form | None = None if enabled and self._head is not None else "plain"
-        self._grouped = None if enabled and in_rows else False  # by length; None until a batch has been tried
+        two_texts = getattr(config, "is_encoder_decoder", False)  # labels are another text than the one that is padded
+        # By length; None until a batch has been tried.
+        self._grouped = None if enabled and in_rows and not two_texts else False
         self.real = self.computed = 0
         self.examples: torch.Tensor | None = None
         self._runs: dict[int, list[tuple[int, int, int]]] = {}  # of the batch that is being read, by number of tokens
@@ -199,6 +201,8 @@ class Packing:
         All sequences are put into one row for this, so that they are neighbours. A mixture of experts groups the tokens of all
         sequences, which may change the last bits: it then keeps its rows.
         """
+        if len(inputs["input_ids"]) == 1:
+            inputs = twice(inputs)  # a neighbour for it
         changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
         changed["input_ids"][0] = torch.where(changed["input_ids"][0] > 0, changed["input_ids"][0] - 1, 1)
         seen: list[torch.Tensor] = []

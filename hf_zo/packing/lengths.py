@@ -43,6 +43,8 @@ def _separable(inputs: Mapping[str, Any], causal: bool) -> list[list[int]]:
         return examples if len(examples) == len(labels["target"]) else []  # else there are rows of no example
     if not isinstance(labels, torch.Tensor) or labels.shape not in (ids.shape, ids.shape[:1]):
         return []
+    if labels.ndim > 1 and labels.dtype.is_floating_point:  # several labels of an example, by chance as many as tokens
+        return []
     read = labels[:, 1:] if labels.ndim > 1 and causal else labels.reshape(len(ids), -1)
     return [] if (read == -100).all(1).any() else alone  # a group without a label has no mean loss
 

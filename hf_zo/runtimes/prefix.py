@@ -82,7 +82,7 @@ class SharedPrefix:
 
         def keep(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             nonlocal cached
-            cached = cached or kwargs.get("past_key_values") is not None
+            cached = cached or any(kwargs.get(key) is not None for key in ("past_key_values", "cache_params"))
             kept.append(output)
 
         def shared(measure: Callable[[], torch.Tensor]) -> torch.Tensor:

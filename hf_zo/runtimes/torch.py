@@ -43,6 +43,8 @@ class TorchRuntime:
         restore: see the module's description.
         model: the module that owns ``params``; needed for ``transient``. Without it ``auto`` means ``copy``.
         runs: for probes along `ExampleDirections`, see `ExampleProbes`; ``restore`` has then nothing to act on.
+        sharing: layers below all that moves are computed once for all probes (`SharedPrefix`). False where probes may feed
+            the model different inputs, as an objective that generates does.
 
     Raises:
         ValueError: if ``restore`` is unknown, or ``transient`` without a model; with ``runs``, see `ExampleProbes`.
@@ -54,6 +56,7 @@ class TorchRuntime:
         restore: Restore = "auto",
         model: nn.Module | None = None,
         runs: Callable[[int], list[tuple[int, int, int]]] | None = None,
+        sharing: bool = True,
     ) -> None:
         if restore not in get_args(Restore):
             raise ValueError(f"zo_restore={restore!r} does not exist; choose one of {', '.join(get_args(Restore))}.")
@@ -67,7 +70,7 @@ class TorchRuntime:
                 "zo_restore='in_place' on 16-bit weights drifts: adding and subtracting the same noise changes nearly half "
                 "of the weights in every step. 'transient' and 'copy' are exact."
             )
-        self._prefix = SharedPrefix(model, params) if model is not None else None
+        self._prefix = SharedPrefix(model, params) if model is not None and sharing else None
         self._examples = ExampleProbes(model, params, runs) if model is not None and runs is not None else None
         self._transient = TransientWeights(model, params) if model is not None and self.restore == "transient" else None
 

@@ -28,6 +28,7 @@ from .._version import __version__
 FORMAT = 1
 LOG_NAME = "trajectory.log"
 SEALED_NAME = "trajectory.safetensors"
+MOST_LOSSES, MOST_RATES = 2**15 - 1, 2**8 - 1  # of a step
 _MAGIC = b"hf_zo\0tr"
 _PREAMBLE = struct.Struct("<8sQI")  # magic, bytes of the header block, its checksum
 _RECORD = struct.Struct("<IHBB")  # checksum of the rest, losses, learning rates, skipped
@@ -200,9 +201,14 @@ class TrajectoryLog:
         self._file: BinaryIO = path.open("ab", buffering=0)
 
     def append(self, step: Step) -> None:
-        """Add a step."""
+        """Add a step.
+
+        Raises:
+            TrajectoryError: if it has more losses or learning rates than a record takes.
+        """
+        record = _packed(step)
         self.trajectory.steps.append(step)
-        self._file.write(_packed(step))
+        self._file.write(record)
 
     def seal(self, path: str | Path, final_hash: str, until: int | None = None) -> None:
         """Write the sealed form of what there is so far, or of the steps up to the one that led to the hashed weights."""
@@ -216,5 +222,10 @@ class TrajectoryLog:
 
 def _packed(step: Step) -> bytes:
     rates, losses = step.learning_rates, step.losses
+    if len(losses) > MOST_LOSSES or len(rates) > MOST_RATES:
+        raise TrajectoryError(
+            f"A step of {len(losses)} losses at {len(rates)} learning rates does not fit into a trajectory, which takes "
+            f"{MOST_LOSSES} and {MOST_RATES}; set zo_trajectory=False."
+        )
     body = struct.pack(f"<HBB{len(rates) + len(losses)}d", len(losses), len(rates), step.skipped, *rates, *losses)
     return struct.pack("<I", zlib.crc32(body)) + body

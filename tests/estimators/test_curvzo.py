@@ -302,6 +302,7 @@ def test_nothing_falls_below_the_floor() -> None:
         ({"mix": -0.1}, "curvzo_mix"),
         ({"reweight": "some"}, "curvzo_reweight"),
         ({"budget": 0.5}, "curvzo_budget"),
+        ({"mix": 0.3, "budget": 4.0}, r"curvzo_mix=0\.3.*curvzo_budget=4"),
         ({"granularity": "row"}, "curvzo_granularity"),
         ({"floor": 0.0}, "curvzo_floor"),
         ({"debias": True, "direction": "rademacher"}, "curvzo_debias"),

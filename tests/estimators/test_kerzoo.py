@@ -183,6 +183,7 @@ def test_forwards_equal_oracle_calls() -> None:
         ({"range": 0.0}, "kerzoo_range"),
         ({"range": 1.5}, "kerzoo_range"),
         ({"half_life": 0}, "kerzoo_half_life"),
+        ({"order": "richardson", "constant": 2.0}, "kerzoo_order='richardson'.*kerzoo_constant"),
     ],
 )
 def test_settings_outside_their_domain(settings: dict, field: str) -> None:

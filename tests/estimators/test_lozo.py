@@ -144,6 +144,23 @@ def test_momentum_equals_the_dense_reference(gradient: dict[str, torch.Tensor]) 
         averaging.commit(averaged)
 
 
+@pytest.mark.parametrize(("shape", "rank"), [((5, 2), 2), ((5, 4), 8), ((4, 5), 2)])
+def test_momentum_is_projected_on_a_new_v(shape: tuple[int, int], rank: int) -> None:
+    """N <- N (V_old^T V_new) / n, also where N has the shape of the matrix."""
+    gradient = {"w": torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))}
+    estimator, oracle = LoZO(space_of(gradient), rank=rank, interval=2, momentum=0.7), linear(gradient)
+    average, before = torch.zeros(()), torch.zeros(())
+    for t in range(5):
+        estimate = estimator.estimate(t, oracle)
+        u, v = (factor("w").double() for factor in (estimator.direction(t).left, estimator.direction(t).right))
+        fresh = estimate.projected_gradients[0] * u
+        if t and t % 2 == 0:
+            average = average @ (before.T @ v) / shape[1]
+        average, before = 0.7 * average + 0.3 * fresh if t else fresh, v
+        torch.testing.assert_close(estimate.gradient("w", gradient["w"]), average @ v.T / v.shape[1], rtol=1e-5, atol=1e-5)
+        estimator.commit(estimate)
+
+
 def test_estimating_does_not_change_the_state(gradient: dict[str, torch.Tensor]) -> None:
     estimator = LoZO(space_of(gradient), momentum=0.5)
     oracle = linear(gradient)

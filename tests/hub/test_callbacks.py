@@ -196,3 +196,21 @@ def test_push_to_hub_uploads_weights_that_checkpoints_leave_out(form: str, hub: 
     trainer.push_to_hub()
     file = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}[form]
     assert (download(hub, tmp_path / "copy") / file).is_file()
+
+
+@pytest.mark.parametrize("by", ["trainer", "callback"])
+def test_the_start_that_best_weights_are_walked_to_from_is_not_pushed(by: str, hub: Hub, tmp_path: Path) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "zo_save_weights": False}
+    if by == "callback":
+        trainer = pushing(tmp_path, hub, "mezo", strategy="every_save", **best)
+    else:
+        told = {"push_to_hub": True, "hub_strategy": "every_save", "hub_model_id": REPO, "hub_token": hub.token}
+        saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "hub_always_push": True}
+        trainer = trainer_of(tmp_path, "mezo", **best, **told, **saving, trainer_kwargs={"eval_dataset": Sentences(8, 1)})
+    there: list[list[str]] = []
+    trainer.add_callback(Recorder(lambda hook, step, kwargs: there.append([file.name for file in tmp_path.glob("*start*")])))
+    trainer.train()
+    assert {name[0] for (name,) in there} == {"_"}
+    assert not list(tmp_path.glob("*start*"))
+    assert "trajectory.safetensors" in hub.repos[REPO]
+    assert not [path for path in hub.repos[REPO] if "start" in path]

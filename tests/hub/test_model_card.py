@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
-from support import COMBINATIONS, Sentences, collate, tiny_llama, trainer_of
+from peft import PeftModel
+from support import COMBINATIONS, Sentences, arguments_of, collate, tiny_llama, trainer_of
 
 from hf_zo import ModelCardCallback, ZOTrainer, cli
 from hf_zo.estimators import METHODS
-from hf_zo.hub.model_card import _BIBTEX, FACTS_NAME, FIGURE_NAME, render
+from hf_zo.hub.model_card import _BIBTEX, FACTS_NAME, FIGURE_NAME, facts_of, render
 
 ABOUT = {"dataset": "user/data", "dataset_name": "Data", "task_type": "text-classification"}
 
@@ -102,6 +104,27 @@ def test_nothing_is_claimed_that_was_not_measured(tmp_path: Path) -> None:
     assert told.eval_results is None
     assert (told.datasets, told.language) == (["user/data"], ["en", "de"])
     assert told.tags[-2:] == ["mezo", "sentiment"]
+
+
+def test_of_an_adapter_that_was_passed_the_rank_is_told_alone(tmp_path: Path) -> None:
+    finished(tmp_path, "zo_act")
+    adapter = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
+    args = arguments_of(tmp_path, "mezo", zo_method="zo_act", learning_rate=1e-3)
+    trainer = ZOTrainer(adapter, args, train_dataset=Sentences(), data_collator=collate)
+    trainer.train()
+    settings = facts_of(trainer)["settings"]
+    assert settings["rank"] == 4
+    assert not {"basis", "samples", "targets", "exclude_first_token"} & settings.keys()
+
+
+def test_an_optimizer_that_was_given_has_its_own_rates(tmp_path: Path) -> None:
+    model = tiny_llama()
+    given = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.3)
+    data = {"train_dataset": Sentences(), "data_collator": collate}
+    trainer = ZOTrainer(model, arguments_of(tmp_path, "mezo"), optimizers=(given, None), **data)
+    trainer.train()
+    settings = facts_of(trainer)["settings"]
+    assert (settings["learning rate"], settings["weight decay"]) == (0.05, 0.3)
 
 
 def test_what_was_spent_and_trained_does_not_depend_on_what_is_logged(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import transformers
 from packing.batches import CAUSAL, ROTARY, causal, loss_by, option_batch, option_losses, token_batch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from support import CASES, COMBINATIONS, trainer_of
-from tasks.tiny import make_bpe, make_wordpiece, tiny
+from tasks.tiny import ROWS, make_bpe, make_wordpiece, tiny
 from torch import nn
 
 from hf_zo import ZOTrainer
 from hf_zo.packing import KEPT, Packing
+from hf_zo.packing.batch import twice
+from hf_zo.tasks import TASKS, OptionCollator, encode_rows
 
 # ---- labels that are tokens ------------------------------------------------------------------------------------------
 
@@ -70,8 +72,12 @@ def test_sequences_of_a_model_that_mixes_them_stay_apart(caplog):
     assert float(loss(batch)) == pytest.approx(float(loss(inputs)), abs=1e-6)
 
 
-def test_attention_across_sequences_is_noticed_even_where_the_loss_hides_it(monkeypatch):
-    """In 16 bits the tolerance of the loss is wide; that no sequence sees another is checked to the bit."""
+@pytest.mark.parametrize("lengths", [(3, 11, 6, 2, 9), (11,)])
+def test_attention_across_sequences_is_noticed_even_where_the_loss_hides_it(lengths, monkeypatch):
+    """In 16 bits the tolerance of the loss is wide; that no sequence sees another is checked to the bit.
+
+    A single one, whose loss is the same, is checked beside itself.
+    """
 
     class Leaking(transformers.LlamaForCausalLM):
         def forward(self, position_ids=None, attention_mask=None, **kwargs):
@@ -83,12 +89,31 @@ def test_attention_across_sequences_is_noticed_even_where_the_loss_hides_it(monk
     monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", lambda *args, **kwargs: None)
     model = Leaking(config).eval().bfloat16()
     packing = Packing(model)
-    packing._causal = packing._labels_in_model = packing._may_pack = True  # whatever the class is called
     loss = loss_by(model, packing)
-    inputs = token_batch()
+    inputs = token_batch(lengths)
     packed = packing._rewritten(inputs, "packed")
     assert abs(float(loss(packed)) - float(loss(inputs))) < 3e-2
     packing(inputs, loss)
+    assert packing.form == "labelled"
+
+
+def test_a_single_prompt_is_checked_beside_itself():
+    """Where its options are one token each it is one row, and reading it twice keeps the records of both apart."""
+    bpe = make_bpe()
+    model = tiny("llama", bpe)
+    one = encode_rows(TASKS["sst2"], ROWS["sst2"][:1], bpe, 256, "options").examples
+    inputs = OptionCollator(bpe, model)(one)
+    assert len(inputs["input_ids"]) == 1
+    packing = Packing(model)
+    seen: list = []
+    loss = option_losses(model, packing, seen)
+    loss(inputs)
+    loss(twice(inputs))
+    (alone, *_), (both, *_) = seen
+    torch.testing.assert_close(both, torch.cat([alone, alone]))
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, output: output + output.roll(1, 1))
+    packing(inputs, loss)
+    handle.remove()
     assert packing.form == "labelled"
 
 

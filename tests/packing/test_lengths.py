@@ -73,17 +73,27 @@ def test_an_encoder_computes_groups_of_like_lengths():
     [
         {"labels": None},
         {"labels": torch.tensor([0, 1, 2, -100, 1])},
-        {"labels": torch.zeros(5, 40)},
+        {"labels": torch.full((5, 40), -100)},
         {"labels": torch.zeros(5, 3)},
+        {"labels": torch.zeros(5, 40)},  # several labels, by chance as many as tokens
         {"attention_mask": None},
         {"bbox": torch.zeros(5, 40)},
     ],
 )
 def test_a_batch_that_cannot_be_grouped_stays_whole(change):
     packing, inputs = Packing(classifier()), {**class_batch(), **change}
-    if change.get("labels") is not None and change["labels"].shape == (5, 40):
-        inputs["labels"][:] = -100  # as if no token had a label
     asked = lambda batch: pytest.fail("asked for a loss")  # noqa: E731
+    assert packing.parts(inputs, asked, asked)[0] is inputs
+
+
+def test_an_encoder_decoder_stays_whole():
+    """Its labels are another text: of one width with the inputs, they would be cut to the length of these."""
+    config = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    packing = Packing(transformers.T5ForConditionalGeneration(transformers.T5Config(**config)).eval())
+    inputs = {**class_batch(), "labels": token_batch((3, 40, 38, 5, 39))["labels"]}
+    assert inputs["labels"].shape == inputs["input_ids"].shape
+    asked = lambda batch: pytest.fail("asked for a loss")  # noqa: E731
+    assert packing._grouped is False
     assert packing.parts(inputs, asked, asked)[0] is inputs
 
 

@@ -15,6 +15,7 @@ from hf_zo import ZOTrainer, ZOTrainingArguments
 from hf_zo.directions import ExampleDirections, displace, space_of
 from hf_zo.estimators.mezo import MeZO
 from hf_zo.packing import numbered
+from hf_zo.tasks import option_loss
 
 D, EXAMPLES = 10, 6
 GRADIENTS = torch.randn(EXAMPLES, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
@@ -144,17 +145,36 @@ def test_whole_weights_are_refused(tmp_path: Any) -> None:
         trainer.train()
 
 
-def test_a_loss_that_is_no_cross_entropy_is_refused(tmp_path: Any) -> None:
-    trainer = trainer_of(tmp_path, "mezo-per-example", "lora", trainer_kwargs={"compute_loss_func": _doubled})
+def of_ones_own(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.zeros(())
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"trainer_kwargs": {"compute_loss_func": of_ones_own}}, "compute_loss_func"),
+        ({"trainer_kwargs": {"objective_fn": of_ones_own}}, "objective_fn"),
+    ],
+)
+def test_a_loss_that_is_no_cross_entropy_is_refused(settings: dict[str, Any], field: str, tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=rf"(?s)^(?=.*{field})(?=.*zo_per_example=True)"):
+        trainer_of(tmp_path, "mezo-per-example", "lora", **settings)
+
+
+def test_the_loss_of_options_is_taken(tmp_path: Any) -> None:
+    trainer_of(tmp_path, "mezo-per-example", "lora", trainer_kwargs={"compute_loss_func": option_loss})
+
+
+def test_a_loss_that_is_nearly_the_cross_entropy_is_noticed(tmp_path: Any) -> None:
+    class Own(ZOTrainer):
+        def compute_loss(self, *args: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss, outputs = super().compute_loss(*args, return_outputs=True, **kwargs)
+            return (1.005 * loss, outputs) if return_outputs else 1.005 * loss
+
+    trainer = trainer_of(tmp_path, "mezo-per-example", "lora", trainer_class=Own)
     with pytest.raises(ValueError, match="mean cross-entropy"):
         trainer.train()
-    with pytest.raises(ValueError, match="objective_fn"):
-        trainer_of(tmp_path, "mezo-per-example", "lora", trainer_kwargs={"objective_fn": _doubled})
-
-
-def _doubled(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    logits = outputs["logits"][:, :-1]
-    return 2 * torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
 def test_the_matrix_has_adapters_in_every_form() -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from support import Sentences, arguments_of, collate, tiny_llama, trainer_of
 from torch import nn
 
+from hf_zo import ZOTrainer
 from hf_zo.directions import DenseDirection, Probe, space_of
 from hf_zo.estimators.curvzo import BlockDirection
 from hf_zo.runtimes import TorchRuntime
@@ -190,3 +192,40 @@ def test_a_cache_is_filled_by_every_layer():
     for step in range(3):
         losses = runtime.losses(probes_of(params, step), measure)
         assert losses == TorchRuntime(params, "copy", model).losses(probes_of(params, step), measure)
+
+
+def greedy(model, inputs):
+    """Every answer is decoded anew from what the weights at the probe have said so far."""
+    ids = inputs["input_ids"][:, :4]
+    for _ in range(4):
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    return ids.float().mean()
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [({}, True), ({"zo_objective": "f1"}, False), ({"trainer_kwargs": {"objective_fn": greedy}}, False)],
+)
+def test_only_probes_that_measure_labels_share(settings, shares, tmp_path):
+    trainer = trainer_of(tmp_path, **settings)
+    trainer.create_optimizer()
+    assert (trainer._runtime._prefix is not None) is shares
+
+
+def test_answers_that_differ_late_are_measured(tmp_path, monkeypatch):
+    """At the step at which sharing would be checked, all probes say the same; at later ones they do not."""
+
+    def losses() -> list[float]:
+        torch.manual_seed(1)
+        config = LoraConfig(
+            r=4, target_modules=["v_proj", "down_proj"], layers_to_transform=[1], init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+        arguments = arguments_of(tmp_path, "mezo", max_steps=6, learning_rate=0.0, seed=1)
+        data = {"train_dataset": Sentences(), "data_collator": collate}
+        trainer = ZOTrainer(get_peft_model(tiny_llama(), config), arguments, objective_fn=greedy, **data)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    found = losses()
+    monkeypatch.setattr("hf_zo.runtimes.torch.SharedPrefix", lambda *_: None)
+    assert found == losses()

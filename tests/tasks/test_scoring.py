@@ -214,7 +214,7 @@ def test_the_trainer_does_not_count_option_labels(bpe, tmp_path):
     assert items is None
 
 
-def options_trainer(model, tokenizer, tmp_path, name="copa", rows=COPA, form=None, eval_batch_size=2):
+def options_trainer(model, tokenizer, tmp_path, name="copa", rows=COPA, form=None, eval_batch_size=2, **settings):
     task, encoded = TASKS[name], encode_rows(TASKS[name], rows, tokenizer, 400, form)
     return ZOTrainer(
         model,
@@ -231,6 +231,7 @@ def options_trainer(model, tokenizer, tmp_path, name="copa", rows=COPA, form=Non
             max_steps=2,
             per_device_train_batch_size=2,
             per_device_eval_batch_size=eval_batch_size,
+            **settings,
         ),
         train_dataset=encoded,
         eval_dataset=encoded,
@@ -281,6 +282,17 @@ def test_evaluation_gathers_batches_with_different_numbers_of_options(bpe, tmp_p
     best = [row["entities"][int(by_hand(model, bpe, TASKS["record"], row).argmax())] for row in rows]
     share = sum(said in row["answers"] for said, row in zip(best, rows, strict=True)) / 3
     assert trainer.evaluate()["eval_exact_match"] == pytest.approx(share)
+
+
+def test_predicted_logits_are_those_of_the_rows(bpe, tmp_path):
+    """Without preprocess_logits_for_metrics they go to whoever asked for them, who knows nothing of packing."""
+    logits = {}
+    for packing in (True, False):
+        trainer = options_trainer(tiny("llama", bpe), bpe, tmp_path, eval_batch_size=3, zo_packing=packing)
+        trainer.preprocess_logits_for_metrics = trainer.compute_metrics = None
+        logits[packing] = torch.tensor(trainer.predict(trainer.eval_dataset).predictions)
+    assert (len(logits[True]), logits[True].shape[-1]) == (2 * len(COPA), len(bpe))
+    assert torch.equal(logits[True], logits[False])
 
 
 def test_train_and_evaluate_a_masked_lm(wordpiece, tmp_path):

@@ -100,3 +100,13 @@ def test_the_header_is_readable_json_in_the_metadata(run: Path) -> None:
     assert header["steps"] == 9
     assert header["base"]["class"] == "LlamaForCausalLM"
     assert "lr" not in header["groups"][0]
+
+
+@pytest.mark.parametrize("step", [Step((0.5,) * 2**15, (1e-3,)), Step((0.5,), tuple(i / 1e6 for i in range(256)))])
+def test_a_step_that_does_not_fit_is_refused_by_name(step, tmp_path):
+    log = TrajectoryLog(tmp_path / LOG_NAME, Trajectory({"format": 1}, []))
+    with pytest.raises(TrajectoryError, match="zo_trajectory=False"):
+        log.append(step)
+    log.append(Step((0.5,) * (2**15 - 1), (1e-3,)))
+    log.seal(tmp_path / SEALED_NAME, "")
+    assert len(Trajectory.read(tmp_path / SEALED_NAME).steps[0].losses) == 2**15 - 1
