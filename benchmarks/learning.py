@@ -1,4 +1,4 @@
-"""Does it learn? All methods at the same number of forward passes, each at its best learning rate, on real tasks.
+"""Does it learn? All methods at the same number of forward passes, each at its best rate, on real tasks; fits as they come.
 
     python benchmarks/learning.py list  benchmarks/grids/smoke.yaml
     python benchmarks/learning.py pilot benchmarks/grids/smoke.yaml --dataset_dir DATA

@@ -29,6 +29,7 @@ from . import noise
 from .anatomy import (
     adapted_layers,
     adapted_lm_head,
+    base_of,
     blocks_of,
     factors_of,
     lm_head_name,
@@ -247,8 +248,13 @@ def start_prefix(model: PeftModel, seed: int) -> PeftModel:
     """
     drawn = noise.uniform(adapter_key(seed, "prefix"), virtual_tokens(model), model.device)
     ids = (model.get_input_embeddings().num_embeddings * drawn).long()[None]
-    with model.disable_adapter(), evaluation_mode(model):
-        read = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+    base = base_of(model)
+    with evaluation_mode(base):
+        read = getattr(base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True), "past_key_values", None)
+    if read is None:
+        raise ValueError(
+            f"peft='prefix': {type(base).__name__} keeps no keys and values that a prefix could start from; use lora."
+        )
     initialize_kv_prefix_from_past_key_values(model, past_key_values=read)
     return model
 

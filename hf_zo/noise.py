@@ -41,6 +41,7 @@ _MIX_2 = 0x94D049BB133111EB
 # Least squares against the normal quantiles at the midpoints of 65,536 equal parts, scaled to unit variance; w counts 2^-23.
 QUANTILE = (float.fromhex("0x1.3975cap+0"), float.fromhex("0x1.03b982p-25"), float.fromhex("-0x1.4a66cap-55"))
 _CHUNK = 1 << 22  # elements per pass of the torch implementation: bounds its int64 temporaries to a few tens of MB
+_WHOLE = 1 << 30  # numbers whose squares, in units of 2^-32, add up in 64 bits
 
 
 def stream_key(seed: int, step: int, index: int, purpose: str, name: str) -> int:
@@ -97,14 +98,21 @@ def energy(key: int, n: int, device: torch.device | str = "cpu", kind: Kind = "g
     device = torch.device(device)
     if kind == "rademacher":
         return torch.tensor(float(n), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, n, _WHOLE):
+        total += _energy(key, start, min(n, start + _WHOLE), device).double() * 2.0**-32
+    return total
+
+
+def _energy(key: int, start: int, end: int, device: torch.device) -> torch.Tensor:
+    """Of some numbers of a Gaussian stream, in units of 2^-32: int64."""
     if device.type == "cpu" and (kernel := _kernel()) is not None:
-        total = torch.tensor(kernel.energy(np.uint64(key), n, torch.get_num_threads()))
-    else:
-        squares = torch.from_numpy(_squares()).to(device)
-        total = torch.zeros((), dtype=torch.int64, device=device)
-        for start in range(0, n, _CHUNK):
-            total += squares[_torch_fields(key, range(start, min(n, start + _CHUNK)), 16, device)].sum()
-    return total.double() * 2.0**-32
+        return torch.tensor(kernel.energy(np.uint64(key), start, end, torch.get_num_threads()))
+    squares = torch.from_numpy(_squares()).to(device)
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for at in range(start, end, _CHUNK):
+        total += squares[_torch_fields(key, range(at, min(end, at + _CHUNK)), 16, device)].sum()
+    return total
 
 
 def displace(
@@ -143,6 +151,8 @@ def displace(
 
 def product(left: torch.Tensor, right_t: torch.Tensor) -> torch.Tensor:
     """``left @ right_t`` in fp32, summed in the order of the rank, every product and sum rounded: the same on every device."""
+    if not left.shape[1]:  # of an empty matrix
+        return left @ right_t
     total = left[:, :1] * right_t[:1]
     for k in range(1, left.shape[1]):
         total = total + left[:, k : k + 1] * right_t[k : k + 1]
@@ -167,8 +177,10 @@ def displace_low_rank(
     if rows is not None:
         rows = rows.to(theta.device)
         terms = [(a, left[rows], right_t) for a, left, right_t in terms]
+    if not theta.numel():
+        return out
     m = len(theta)
-    size = theta.numel() // max(m, 1)
+    size = theta.numel() // m
     if _numba_usable(out, theta):
         kernel = _kernel()
         assert kernel is not None

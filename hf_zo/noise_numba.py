@@ -257,17 +257,20 @@ def _sum_blocks(n, first_block, last_block, key):
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def _sum_parallel(n, key):
-    blocks = (n + _BLOCK - 1) // _BLOCK
+def _sum_parallel(n, begin, end, key):
     total = 0
-    for t in prange((blocks + _BLOCKS_PER_TASK - 1) // _BLOCKS_PER_TASK):
-        first = t * _BLOCKS_PER_TASK
-        total += _sum_blocks(n, first, min(blocks, first + _BLOCKS_PER_TASK), key)
+    for t in prange((end - begin + _BLOCKS_PER_TASK - 1) // _BLOCKS_PER_TASK):
+        first = begin + t * _BLOCKS_PER_TASK
+        total += _sum_blocks(n, first, min(end, first + _BLOCKS_PER_TASK), key)
     return total
 
 
-def energy(key, n, threads):
-    """Squares of the first ``n`` numbers of a Gaussian stream, rounded to 16 binary places, summed in units of 2^-32."""
-    if n < _SERIAL_BELOW or threads == 1:
-        return _sum_blocks(n, 0, (n + _BLOCK - 1) // _BLOCK, key)
-    return _with_threads(threads, _sum_parallel, n, key)
+def energy(key, start, end, threads):
+    """Squares of the numbers ``start``, a multiple of a block, to ``end`` of a Gaussian stream.
+
+    Rounded to 16 binary places and summed in units of 2^-32.
+    """
+    blocks = start // _BLOCK, (end + _BLOCK - 1) // _BLOCK
+    if end - start < _SERIAL_BELOW or threads == 1:
+        return _sum_blocks(end, *blocks, key)
+    return _with_threads(threads, _sum_parallel, end, *blocks, key)

@@ -77,7 +77,7 @@ class Preparation(EngineRuns):
             logger.info(said, args.zo_head_samples, args.zo_fit_depth)
         if isinstance(model, PeftModel):
             freeze_basis(model)
-            rank = getattr(model.peft_config[model.active_adapters[0]], "r", None)
+            rank = getattr(model.active_peft_config, "r", None)
             if args.zo_act_rank not in (8, rank):
                 raise ValueError(
                     f"zo_act_rank={args.zo_act_rank}, but the adapter that was passed has rank {rank}; leave it unset."

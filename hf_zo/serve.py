@@ -117,7 +117,7 @@ class Serving:
         )
         model, self._fresh = self._fresh if self._fresh is not None else self._load(), None
         if header["adapter"] is not None and not isinstance(model, PeftModel):
-            model = get_peft_model(model, get_peft_config(header["adapter"]))
+            model = get_peft_model(model, get_peft_config(header["adapter"]), header.get("adapter_name") or "default")
         model.to(arguments.device)
         dtypes = {name: getattr(torch, dtype) for name, _, dtype, _ in header["tensors"]}
         for name, p in model.named_parameters():

@@ -24,6 +24,7 @@ from transformers import (
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForSequenceClassification,
 )
 
 from hf_zo import ZOTrainer
@@ -518,3 +519,22 @@ def test_a_prefix_starts_as_tokens_do(kind: str) -> None:
         started.append([token for token, expected in plain.items() if torch.allclose(logits, expected, atol=1e-5)])
     assert all(len(tokens) == 1 for tokens in started)
     assert started[0] == started[1] != started[2]
+
+
+def test_a_prefix_of_a_classifier_starts_as_tokens_do() -> None:
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(tiny_llama().config).eval()
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        plain = [base(torch.cat([torch.tensor([[token]]), ids], 1)).logits for token in range(VOCABULARY)]
+        adapted = get_peft_model(base, PrefixTuningConfig(num_virtual_tokens=1, task_type="SEQ_CLS"))
+        logits = start_prefix(adapted, 1).eval()(input_ids=ids).logits
+    assert sum(torch.allclose(logits, expected, atol=1e-5) for expected in plain) == 1
+
+
+def test_an_encoder_has_nothing_that_a_prefix_could_start_from() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    model = BertForSequenceClassification(BertConfig(**sizes))
+    model = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=1, task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match="peft='prefix': BertForSequenceClassification keeps no keys"):
+        start_prefix(model, 1)

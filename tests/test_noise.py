@@ -224,6 +224,32 @@ def test_energy_is_the_squared_norm_whatever_the_threads(n, monkeypatch):
     assert float(noise.energy(KEY, n, kind="rademacher")) == n
 
 
+@pytest.mark.parametrize("kernel", ["numba", "torch"])
+def test_energy_of_pieces_adds_up_to_that_of_the_whole(kernel, monkeypatch):
+    if kernel == "torch":
+        monkeypatch.setattr(noise, "_kernel", lambda: None)
+    whole = noise.energy(KEY, 100_003)
+    for blocks, threads in ((3, 1), (35, 1), (35, 2)):  # 35: large enough for threads
+        torch.set_num_threads(threads)
+        monkeypatch.setattr(noise, "_WHOLE", blocks * 1024)  # of noise_numba, _BLOCK
+        assert torch.equal(noise.energy(KEY, 100_003), whole)
+
+
+def test_energy_of_more_numbers_than_add_up_in_64_bits(monkeypatch):
+    """Each number counts about 2^32 units, so that 2^31 of them at once would be too many."""
+    monkeypatch.setattr(noise, "_energy", lambda key, start, end, device: torch.tensor((end - start) << 32))
+    assert float(noise.energy(KEY, (5 << 30) + 3)) == (5 << 30) + 3
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_empty_matrix_has_a_low_rank_displacement(shape, dtype):
+    theta = torch.empty(shape, dtype=dtype)
+    terms = [(0.1, torch.ones(shape[0], 2), torch.ones(2, shape[1]))]
+    assert noise.displace_low_rank(torch.empty_like(theta), theta, terms, decay=0.9).shape == shape
+    assert noise.product(torch.ones(shape[0], 0), torch.ones(0, shape[1])).shape == shape
+
+
 def test_c_order_of_any_shape():
     flat = noise.sample(KEY, (24,))
     assert same_bits(noise.sample(KEY, (2, 3, 4)), flat.view(2, 3, 4))

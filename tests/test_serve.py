@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save
 from support import (
     SERVED,
     Recorder,
@@ -28,7 +32,7 @@ from tasks.tiny import ROWS, make_bpe, tiny
 
 from hf_zo import Trajectory, ZOTrainer
 from hf_zo.cli import main
-from hf_zo.runtimes.remote import description
+from hf_zo.runtimes.remote import Server, description, packed, unpacked, window_of, window_tensors
 from hf_zo.runtimes.vllm import EngineError
 from hf_zo.tasks import OptionCollator, encode_rows, get_task, option_loss
 
@@ -164,6 +168,14 @@ def test_an_adapter_of_the_servers(folder: Path, tmp_path: Path) -> None:
         process.kill()
 
 
+def test_an_adapter_of_another_name(server: str, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]), "second")
+    arguments = arguments_of(tmp_path, "mezo", zo_runtime="vllm", zo_server=server)
+    trainer = ZOTrainer(model, arguments, train_dataset=Sentences(), data_collator=collate)
+    trainer.train()
+    trainer.save_model()  # compares hashes
+
+
 def test_one_run_at_a_time(server: str, tmp_path: Path) -> None:
     first = served(tmp_path / "first", "mezo", "full", server)
 
@@ -209,6 +221,43 @@ def test_nobody_there(tmp_path: Path) -> None:
         served(tmp_path, "mezo", "full", f"http://127.0.0.1:{port}")
     with pytest.raises(EngineError, match="no address of a server"):
         served(tmp_path, "mezo", "full", "127.0.0.1:8123")
+
+
+def test_tensors_that_are_one_are_sent_as_two() -> None:
+    ids = torch.arange(6).view(2, 3)
+    _, tensors = unpacked(packed({}, window_tensors([{"input_ids": ids, "labels": ids}])))
+    (inputs,) = window_of(tensors, torch.device("cpu"))
+    assert inputs.keys() == {"input_ids", "labels"}
+    assert all(torch.equal(t, ids) for t in inputs.values())
+
+
+@pytest.mark.parametrize("body", [b"", b"<!doctype html>", save({"x": torch.zeros(1)})], ids=["empty", "a page", "tensors"])
+def test_another_server_there(body: bytes) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        with pytest.raises(EngineError, match=rf"zo_server='http://127.0.0.1:{other.server_port}' is no `hf-zo vllm-serve`"):
+            Server(f"http://127.0.0.1:{other.server_port}", tiny_llama())
+        other.shutdown()
+
+
+@pytest.mark.parametrize("port", ["abc", "99999"])
+def test_a_port_that_is_none(port: str) -> None:
+    with pytest.raises(EngineError, match=f"zo_server='http://host:{port}' is no address of a server"):
+        Server(f"http://host:{port}", tiny_llama())
+
+
+def test_a_port_that_cannot_be_bound(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vllm-serve", str(folder), "--port", "99999", "--runtime", "torch"]) == 2
+    assert "--port 99999 at 127.0.0.1 cannot be used" in capsys.readouterr().err
 
 
 def test_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -226,8 +226,7 @@ class CurvZO(Estimator):
         if self.debias:
             denominator = probabilities * (sizes + 2 - sizes * probabilities)
             return response**2 * (energy - probabilities * sizes) / denominator
-        # In whole numbers: a floating sum would depend on the number of threads, and a replayed run with it.
-        total = float((energy * 2.0**32).round().long().sum()) * 2.0**-32
+        total = math.fsum(energy.tolist()) if self.granularity == "block" else _sum_of_small(energy)
         return response**2 * energy / total if total else torch.zeros_like(energy)
 
     def _share(self, probabilities: torch.Tensor) -> float:
@@ -236,6 +235,16 @@ class CurvZO(Estimator):
             return 1.0
         kept = probabilities ** (1 - _EXPONENT[self.reweight])
         return float((kept * self._sizes).sum() / self._sizes.sum()) if self.granularity == "block" else float(kept.mean())
+
+
+def _sum_of_small(values: torch.Tensor) -> float:
+    """Sum of many numbers below 2^31, in whole multiples of 2^-32: a floating sum would depend on the number of threads.
+
+    In two halves, as 2^31 numbers near 1 would not fit into 64 bits.
+    """
+    units = (values * 2.0**32).round().long()
+    high, low = torch.stack([(units >> 16).sum(), (units & 0xFFFF).sum()]).tolist()
+    return float((high << 16) + low) * 2.0**-32
 
 
 def adaptive_budget(scores: torch.Tensor, mix: float) -> float:

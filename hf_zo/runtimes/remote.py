@@ -13,9 +13,10 @@ import http.client
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
@@ -32,7 +33,8 @@ _TIMEOUT = 3600.0  # seconds that a step may take; a server that is gone is noti
 def packed(told: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> bytes:
     """A message: JSON and tensors."""
     text = bytearray(json.dumps(told, separators=(",", ":")).encode())
-    contents = {name: t.detach().cpu().contiguous() for name, t in (tensors or {}).items()}
+    # Copies, as safetensors refuses two names for one memory: labels are often the input ids.
+    contents = {name: t.detach().cpu().contiguous().clone() for name, t in (tensors or {}).items()}
     return save({**contents, "told": torch.frombuffer(text, dtype=torch.uint8)})
 
 
@@ -137,16 +139,22 @@ class Server:
             )
 
     def _get(self) -> dict[str, Any]:
-        return unpacked(self._exchange("GET", "health", None))[0]
+        answer = self._exchange("GET", "health", None)
+        try:
+            return unpacked(answer)[0]
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise EngineError(
+                f"zo_server={self.url!r} is no `hf-zo vllm-serve`: its answer cannot be read ({error})."
+            ) from error
 
     def _post(self, what: str, told: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
         return unpacked(self._exchange("POST", what, packed({**told, "session": self._session}, tensors)))[0]
 
     def _exchange(self, verb: str, what: str, message: bytes | None) -> bytes:
         place = urlsplit(self.url)
-        if place.scheme != "http" or place.hostname is None:
+        if place.scheme != "http" or place.hostname is None or _port(place) is None:
             raise EngineError(f"zo_server={self.url!r} is no address of a server; it looks like http://127.0.0.1:8123.")
-        connection = http.client.HTTPConnection(place.hostname, place.port or 80, timeout=_TIMEOUT)
+        connection = http.client.HTTPConnection(place.hostname, _port(place), timeout=_TIMEOUT)
         try:
             connection.request(verb, f"/{what}", message)
             answer = connection.getresponse()
@@ -162,6 +170,14 @@ class Server:
         if answer.status != http.client.OK:
             raise EngineError(f"zo_server={self.url!r}: {body.decode(errors='replace')}")
         return body
+
+
+def _port(place: SplitResult) -> int | None:
+    """None where it is no number of a port."""
+    try:
+        return place.port or 80
+    except ValueError:
+        return None
 
 
 def description(model: nn.Module) -> dict[str, Any]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .templates import Task
 
@@ -28,7 +31,8 @@ def load_rows(
         task: the task whose fields are needed.
         split: ``train``, ``validation`` or ``test``; MNLI's ``validation`` is its matched one on the Hub.
         dataset_dir: folder with ``<split>.jsonl`` or ``<split>.jsonl.gz``; None loads ``task.dataset`` from the Hub.
-        max_samples: keep that many rows, drawn without replacement by ``seed``.
+        max_samples: keep that many rows, drawn without replacement by ``seed``; of a task with groups (MultiRC's questions)
+            whole groups, up to as many rows.
         seed: of the draw.
 
     Raises:
@@ -52,11 +56,26 @@ def load_rows(
     for number, row in enumerate(rows, start=1):
         _check(task, row, f"{source}, line {number}")
     if max_samples is not None and max_samples < len(rows):
-        import numpy as np
-
+        if task.group is not None:
+            return _whole_groups(task.group, rows, max_samples, seed)
         chosen = np.random.default_rng(seed).permutation(len(rows))[:max_samples]
         rows = [rows[i] for i in chosen]
     return rows
+
+
+def _whole_groups(
+    key: Callable[[Mapping[str, Any]], Hashable], rows: list[dict[str, Any]], most: int, seed: int
+) -> list[dict[str, Any]]:
+    """Rows of groups drawn one after the other, whole, as exact match is over all of a group; one at least."""
+    groups: dict[Hashable, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    of_groups, chosen = list(groups.values()), list[dict[str, Any]]()
+    for i in np.random.default_rng(seed).permutation(len(of_groups)):
+        if chosen and len(chosen) + len(of_groups[i]) > most:
+            break
+        chosen += of_groups[i]
+    return chosen
 
 
 def _find(folder: Path, split: str) -> Path:

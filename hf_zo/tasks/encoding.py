@@ -98,7 +98,7 @@ def _fitted(
         ids = _plain(tokenizer, context)
         if not ids:
             break
-        shorter[task.context] = tokenizer.decode(ids[: max(0, len(ids) - surplus)], skip_special_tokens=True)
+        shorter[task.context] = _beginning(tokenizer, context, max(0, len(ids) - surplus))
         if len(shorter[task.context]) >= len(context):
             shorter[task.context] = context[: len(context) // 2]
         cut = True
@@ -106,6 +106,15 @@ def _fitted(
         f"A {task.name} prompt does not fit into {room} tokens even without its {task.context!r}; raise max_seq_length. "
         f"It begins: {task.prompt(row)[:80]!r}"
     )
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> str:
+    """What the first ``tokens`` of a text were made from; a tokenizer in Python does not tell, and puts them together again."""
+    if not tokenizer.is_fast:
+        return str(tokenizer.decode(_plain(tokenizer, text)[:tokens], skip_special_tokens=True))
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    # A character of several tokens goes as a whole.
+    return text[: min(places[tokens - 1][1], places[tokens][0])] if tokens else ""
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -121,8 +121,8 @@ def load_model(arguments: ModelArguments, task: Task, seed: int = 0) -> tuple[nn
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.pad_token_id = tokenizer.pad_token_id  # by which a classifier finds the last token of a padded row
     model.config.use_cache = False
     if arguments.peft == "none":
         return model, tokenizer
@@ -187,6 +187,12 @@ def _encode(task: Task, split: str, rows: list[Any], tokenizer: Any, form: Form,
 def _context_length(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task) -> int:
     """Most tokens of a row that model and tokenizer take, less those of a prefix and of the answer to be generated."""
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    numbered_from = (  # RoBERTa counts its positions from the one after padding's
+        m.padding_idx + 1
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Embedding) and "position" in name and m.padding_idx is not None and m.num_embeddings == positions
+    )
+    positions -= next(numbered_from, 0)
     return min(positions, tokenizer.model_max_length) - virtual_tokens(model) - (MAX_NEW_TOKENS if task.options is None else 0)
 
 
@@ -317,7 +323,7 @@ def main(family: str) -> dict[str, Any]:
         model_arguments, data, training = parser.parse_args_into_dataclasses()
         task = get_task(data.task_name, family)
         trainer = build_trainer(model_arguments, data, training, task)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:  # OSError: a model or data set that is not to be had
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     return run_trainer(trainer)

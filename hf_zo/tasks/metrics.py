@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import datasets
 import evaluate
@@ -93,10 +93,9 @@ def metrics_for(
         if said.ndim == 2:  # class logits of a plain head
             said = said.argmax(-1)
         groups = list(range(len(said)))
-        if task.name == "multirc":
-            numbers: dict[tuple[int, int], int] = {}
-            keys = [(row["idx"]["paragraph"], row["idx"]["question"]) for row in rows[: len(said)]]
-            groups = [numbers.setdefault(key, len(numbers)) for key in keys]
+        if task.group is not None:
+            numbers: dict[Hashable, int] = {}
+            groups = [numbers.setdefault(task.group(row), len(numbers)) for row in rows[: len(said)]]
         return options.compute(predictions=said, references=labels, groups=groups, names=task.metrics)
 
     return compute

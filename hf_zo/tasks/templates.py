@@ -7,7 +7,7 @@ white space between them belongs to the option.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class Task:
         target: number of the right option of a row, where it is not simply a column.
         answers: the acceptable answers of a row of a generation task.
         texts: the one or two text columns of the plain classification form.
+        group: tells which rows belong together, where a metric is over groups of rows.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Task:
     target: Callable[[Row], int] | None = None
     answers: Callable[[Row], list[str]] | None = None
     texts: tuple[str, ...] = ()
+    group: Callable[[Row], Hashable] | None = None
 
     @property
     def family(self) -> str:
@@ -87,7 +89,8 @@ def _copa_prompt(row: Row) -> str:
 
 
 def _copa_options(row: Row) -> list[str]:
-    return [" " + choice[:1].lower() + choice[1:] for choice in (str(row["choice1"]), str(row["choice2"]))]
+    choices = [str(row[name]).split(" ") for name in ("choice1", "choice2")]
+    return [" ".join(["", first if first == "I" else first.lower(), *rest]) for first, *rest in choices]
 
 
 def _record_options(row: Row) -> list[str]:
@@ -190,6 +193,7 @@ _ALL = [
         ),
         _NO_YES,
         metrics=("f1", "exact_match", "accuracy"),
+        group=lambda r: (r["idx"]["paragraph"], r["idx"]["question"]),
     ),
     _superglue(
         "record",

@@ -1,4 +1,4 @@
-"""Comparing short answers the way the SQuAD and DROP evaluations do (Rajpurkar et al. 2016, arXiv 1606.05250)."""
+"""Comparing short answers the way the evaluation of SQuAD does (Rajpurkar et al. 2016, arXiv 1606.05250)."""
 
 from __future__ import annotations
 

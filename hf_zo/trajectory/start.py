@@ -17,7 +17,7 @@ from torch import nn
 
 from .._version import __version__
 from ..adapters import adapter_key, adapter_values
-from ..anatomy import adapted_lm_head, base_of, factors_of, label_number, new_heads
+from ..anatomy import active_adapter, adapted_lm_head, base_of, factors_of, label_number, new_heads
 from ..estimators import hyperparameters
 from ..optimizer import ZOOptimizer
 from .file import FORMAT, Trajectory, TrajectoryError
@@ -36,6 +36,7 @@ def header_of(
     """
     params = optimizer.params
     base, adapted = base_of(model), getattr(model, "peft_config", None)
+    active = active_adapter(model)
     heads = tuple(f"{name}." for name in new_heads(base))  # drawn anew at every load, or fitted
     stored, tensors = {}, []
     for name, p in params.items():
@@ -70,7 +71,8 @@ def header_of(
         "schedule": schedule,
         "tensors": tensors,
         "fitted": list(fitted),
-        "adapter": _plain(next(iter(adapted.values())).to_dict()) if adapted else None,
+        "adapter": None if active is None or adapted is None else _plain(adapted[active].to_dict()),
+        "adapter_name": active,
         "initial_hash": content_hash(params),
         "frozen_hash": content_hash(_frozen(model, params)),
     }
@@ -123,13 +125,15 @@ def content_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 def _frozen(model: nn.Module, trained: Iterable[str]) -> dict[str, torch.Tensor]:
     """Parameters that are not trained, without quantised ones, whose layout in memory depends on the machine.
 
-    Without what PEFT keeps of a head that it trains a copy of, too: no pass reads it, and a new one is drawn at every load.
+    Without what PEFT keeps of a head that it trains a copy of, too, and of adapters that are not active: no pass reads them,
+    and a head is drawn anew at every load.
     """
-    trained = set(trained)
+    idle = {"original_module", *getattr(model, "peft_config", {})} - {active_adapter(model)}
+    left_out = set(trained)
     return {
         name: p
         for name, p in model.named_parameters()
-        if name not in trained and p.is_floating_point() and type(p.data) is torch.Tensor and ".original_module." not in name
+        if name not in left_out and p.is_floating_point() and type(p.data) is torch.Tensor and not idle & set(name.split("."))
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_zo.directions import Probe, displace, space_of
+from hf_zo import noise
+from hf_zo.directions import Probe, TensorSpec, displace, space_of
 from hf_zo.estimators import Estimate
-from hf_zo.estimators.curvzo import CurvZO, adaptive_budget, allocate
+from hf_zo.estimators.curvzo import CurvZO, _sum_of_small, adaptive_budget, allocate
 from hf_zo.estimators.mezo import MeZO
 
 GRADIENT = {
@@ -181,6 +183,24 @@ def test_selecting_everything_is_mezo_bit_for_bit(granularity: str, budget: floa
     assert ours.projected_gradients == mezo.projected_gradients
     for name, g in GRADIENT.items():
         assert torch.equal(ours.gradient(name, g), mezo.gradient(name, g))
+
+
+@pytest.mark.parametrize("sizes", [[19_700_000 + i for i in range(340)], [3 << 31, 5]])
+def test_scores_of_more_parameters_than_their_energies_add_up_in_64_bits(
+    sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their energies, of 6.7e9 and 6.4e9 parameters, are more than 2^64 units of 2^-32."""
+    space = {f"w{i}": TensorSpec((n,), torch.device("cpu")) for i, n in enumerate(sizes)}
+    monkeypatch.setattr(noise, "energy", lambda key, n, *more: torch.tensor(float(n), dtype=torch.float64))
+    estimate = CurvZO(space, eps=0.5, ema=1.0).estimate(0, lambda probes: [3.0, 1.0])
+    assert estimate.projected_gradients == (2.0,)
+    torch.testing.assert_close(estimate.state["scores"], 4 * torch.tensor(sizes, dtype=torch.float64) / sum(sizes))
+
+
+def test_many_small_numbers_add_up_exactly() -> None:
+    values = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(2**32).round() * 2.0**-32
+    assert _sum_of_small(values) == math.fsum(values.tolist())
+    assert _sum_of_small(torch.full((1,), 2.0**30, dtype=torch.float64).expand(2**10)) == 2.0**40  # 2^72 units
 
 
 def test_averages_of_scores() -> None:

@@ -189,6 +189,20 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
         assert torch.linalg.matrix_rank(drawn.reshape(shape[0], -1)) <= 2
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_an_empty_matrix_is_stepped_over(momentum: float, shape: tuple[int, int], gradient: dict[str, torch.Tensor]) -> None:
+    both = {**gradient, "empty": torch.zeros(shape, dtype=torch.float64)}
+    settings: dict = {"interval": 2, "momentum": momentum, "eps": 1e-3}
+    estimator, alone = LoZO(space_of(both), **settings), LoZO(space_of(gradient), **settings)
+    for t in range(4):  # beyond a new V
+        estimate, expected = estimator.estimate(t, linear(both)), alone.estimate(t, linear(gradient))
+        assert torch.equal(estimate.gradient("w", gradient["w"]), expected.gradient("w", gradient["w"]))
+        assert estimate.gradient("empty", both["empty"]).shape == shape
+        estimator.commit(estimate)
+        alone.commit(expected)
+
+
 def test_a_rank_above_a_dimension_is_clipped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     tensors = {"wide": torch.zeros(8, 8), "narrow": torch.zeros(2, 8)}
     with caplog.at_level(logging.WARNING):

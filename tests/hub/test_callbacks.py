@@ -151,6 +151,26 @@ def test_commands_name_what_is_wrong(hub: Hub, tmp_path: Path, capsys: pytest.Ca
     assert "run_facts.json" in capsys.readouterr().err
 
 
+def test_push_refuses_a_name_that_is_none(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert cli.main(["push", str(tmp_path), "bad name!"]) == 2
+    assert "could not be pushed to bad name!" in capsys.readouterr().err
+    assert not hub.repos
+
+
+def test_what_is_private_is_not_pushed_to_a_public_repository(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert cli.main(["push", str(tmp_path), "user/mine", "--private"]) == 0
+    assert hub.private == {"user/mine": True}
+    assert cli.main(["push", str(tmp_path), "user/mine", "--private"]) == 0  # again
+    hub.repos["user/theirs"], hub.private["user/theirs"] = {}, False
+    assert cli.main(["push", str(tmp_path), "user/theirs", "--private"]) == 2
+    assert "user/theirs exists and is public" in capsys.readouterr().err
+    assert not hub.repos["user/theirs"]
+
+
 def test_an_unknown_strategy() -> None:
     with pytest.raises(ValueError, match=r"strategy='always' does not exist; choose one of end, every_save"):
         PushToHubCallback(REPO, strategy="always")

@@ -145,6 +145,28 @@ def test_max_samples_draws_without_replacement_and_reproducibly(tmp_path):
     assert drawn(40) == drawn(99) == drawn(None) == texts
 
 
+def test_max_samples_of_multirc_draws_whole_questions(tmp_path):
+    """Exact match is over all answers to a question; the number of a question is its number in the paragraph."""
+    numbers = [(p, q) for p in range(4) for q in range(3)]
+    asked = [(p, q, a) for p, q in numbers for a in range(1 + (p + 2 * q) % 4)]
+    named = [dict(zip(("paragraph", "question", "answer"), idx, strict=True)) for idx in asked]
+    write(tmp_path, [{**ROWS["multirc"][0], "idx": idx} for idx in named])
+
+    def drawn(n, seed=0):
+        rows = load_rows(TASKS["multirc"], "train", tmp_path, n, seed)
+        return [(row["idx"]["paragraph"], row["idx"]["question"], row["idx"]["answer"]) for row in rows]
+
+    for seed in range(4):
+        for n in range(1, len(asked)):
+            kept = drawn(n, seed)
+            questions = {idx[:2] for idx in kept}
+            assert sorted(kept) == [idx for idx in asked if idx[:2] in questions]
+            assert n - 4 < len(kept) <= n or len(questions) == 1
+            assert kept == drawn(n, seed) == drawn(n + 1, seed)[: len(kept)] or n + 1 == len(asked)
+    assert len({tuple(drawn(9, seed)) for seed in range(4)}) == 4
+    assert drawn(len(asked)) == asked
+
+
 def test_the_hub_is_asked_for_the_matched_split_of_mnli(monkeypatch):
     asked = []
 

@@ -1,9 +1,11 @@
+import copy
 import dataclasses
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tasks.tiny import ROWS, make_bpe, make_wordpiece
+from tokenizers import normalizers
 from transformers import BertTokenizer
 
 from hf_zo.tasks import TASKS, encode_rows
@@ -62,6 +64,29 @@ def test_a_long_context_at_a_mask(wordpiece):
     assert TIGHT - 8 <= len(ids) <= TIGHT
     assert wordpiece.decode(ids).endswith("Is water wet? [MASK]. [SEP]")
     assert ids[0] == wordpiece.cls_token_id
+
+
+def test_of_a_context_of_word_pieces_no_more_is_cut_than_needed(wordpiece, task_row):
+    """Put together again from its pieces, it would be longer than it was, and in lower case."""
+    tokenizer = copy.deepcopy(wordpiece)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    task, row, _ = task_row("sst2")
+    row["sentence"] = "It's  (quite) well-made, the U.S. say: 'Not-bad'... isn't it?  Un-put-down-able!"
+    seen = []
+    spied = dataclasses.replace(task, prompt=lambda row: seen.append(row["sentence"]) or task.prompt(row))
+    (whole,) = encode_rows(task, [row], tokenizer, 512, "mask")[0]["rows"]
+    encoded = encode_rows(spied, [row], tokenizer, len(whole) - 3, "mask")
+    assert encoded.shortened == 1
+    assert len(whole) - 5 <= len(encoded[0]["rows"][0]) <= len(whole) - 3
+    assert row["sentence"].startswith(seen[-1])
+
+
+@pytest.mark.parametrize("surplus", range(1, 9))
+def test_a_character_of_several_tokens_is_cut_as_a_whole(surplus, bpe):
+    row = {**ROWS["boolq"][0], "passage": "It rained in Paris. " * 10 + "\N{GRINNING FACE}" * 6}
+    whole = max(map(len, encode_rows(TASKS["boolq"], [row], bpe, 1000)[0]["rows"]))
+    cut = max(map(len, encode_rows(TASKS["boolq"], [row], bpe, whole - surplus)[0]["rows"]))
+    assert whole - surplus - 5 <= cut <= whole - surplus
 
 
 @pytest.mark.parametrize("name", sorted({*WITH_OPTIONS} - {"copa", "record", "sst5"}))

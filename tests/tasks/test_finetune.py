@@ -7,11 +7,11 @@ import torch
 from peft import PeftModel
 from tasks.test_scoring import option_loss_of
 from tasks.tiny import ROWS, make_bpe, make_wordpiece, tiny
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertForMaskedLM, RobertaForMaskedLM
 
 from hf_zo import ZOTrainingArguments
 from hf_zo.tasks import TASKS
-from hf_zo.tasks.finetune import DataArguments, ModelArguments, build_trainer, load_model, main
+from hf_zo.tasks.finetune import DataArguments, ModelArguments, _context_length, build_trainer, load_model, main
 from hf_zo.tasks.generation import MAX_NEW_TOKENS
 from hf_zo.tasks.templates import get_task
 
@@ -208,6 +208,14 @@ def test_bad_data_ends_with_its_place(monkeypatch, capsys, tmp_path):
     assert "train.jsonl, line 1: field 'label' gives 7" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("model", ["/no/model", "no/model"])
+def test_a_model_that_does_not_exist_ends_with_a_message(run, capsys, model):
+    with pytest.raises(SystemExit) as ended:
+        run("sst2", SENTENCES, "--model_name_or_path", model)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 @pytest.mark.parametrize(
     ("settings", "task", "message"),
     [
@@ -240,17 +248,30 @@ def test_auto_dtype_is_what_the_processor_multiplies(models, capability, dtype, 
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
-def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
+def save_without_padding(folder):
+    """A model whose tokenizer has no token to pad with, while its configuration names one."""
     tokenizer = make_bpe()
-    tiny("llama", tokenizer, pad_token_id=None).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    tiny("llama", tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
     del settings["pad_token"]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
+    save_without_padding(tmp_path)
     model, loaded = load_model(ModelArguments(str(tmp_path), dtype="float32"), TASKS["sst2"])
     assert loaded.pad_token == loaded.eos_token == "</s>"
-    assert model.config.pad_token_id is not None
+    assert model.config.pad_token_id == loaded.eos_token_id
     assert model.config.use_cache is False
+
+
+def test_a_classifier_reads_the_last_token_before_the_padding(tmp_path):
+    save_without_padding(tmp_path)
+    model, tokenizer = load_model(ModelArguments(str(tmp_path), head="classification", dtype="float32"), TASKS["sst2"])
+    alone, padded = (tokenizer(texts, padding=True, return_tensors="pt") for texts in (["great"], ["great", TEXTS[0]]))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**padded).logits[:1], model(**alone).logits)
 
 
 @pytest.mark.parametrize(("peft", "virtual"), [("none", 0), ("prefix", 5)])
@@ -267,3 +288,13 @@ def test_prefix_and_answer_fit_into_the_positions_too(run, tmp_path, models, tas
     results = results_of(out)
     assert results["eval_shortened"] == 2
     assert 160 - virtual - MAX_NEW_TOKENS > 100
+
+
+@pytest.mark.parametrize(("kind", "places"), [(RobertaForMaskedLM, 18), (BertForMaskedLM, 20)])
+def test_positions_that_are_counted_from_after_paddings_are_fewer(kind, places, bpe):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    model = kind(kind.config_class(**sizes, max_position_embeddings=20, pad_token_id=1))
+    assert _context_length(model, bpe, TASKS["sst2"]) == places
+    model(input_ids=torch.full((1, places), 5))
+    with pytest.raises(Exception, match=r"out of (bounds|range)|must match"):
+        model(input_ids=torch.full((1, places + 1), 5))

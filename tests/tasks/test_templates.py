@@ -97,6 +97,13 @@ def test_copa_asks_for_the_cause_too(task_row):
     assert task.prompt({**row, "question": "cause"}) == "It rained because"
 
 
+def test_options_of_copa_go_on_with_the_sentence(task_row):
+    """As MeZO's template: "I" stays, any other first word is in lower case as a whole."""
+    task, row, _ = task_row("copa")
+    choices = {"I saw JFK.": " I saw JFK.", "JFK saw me.": " jfk saw me.", "It was I.": " it was I."}
+    assert [task.options({**row, "choice1": choice})[0] for choice in choices] == list(choices.values())
+
+
 def test_record_takes_the_first_entity_that_is_an_answer():
     row = {**ROWS["record"][0], "entities": ["Eve", "Ann", "Bob"], "answers": ["Bob", "Ann"]}
     assert TASKS["record"].target(row) == 1

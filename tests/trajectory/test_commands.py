@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from support import Sentences, assert_same_weights, collate, load_base, trainer_of, weights_of
+from transformers import LlamaForCausalLM
 
 from hf_zo import Trajectory, ZOTrainer, cli
 from hf_zo.adapters import draw_adapter
@@ -53,6 +55,58 @@ def test_replay_command_names_what_is_wrong(run: Path, tmp_path: Path, capsys: p
     assert cli.main(["replay", str(run / "out"), str(run / "out"), *output]) == 2
     assert "not those the run started from" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_replay_and_show_refuse_what_cannot_be_done(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    replayed, output = ["replay", str(run / "base"), str(run / "out")], str(tmp_path / "new")
+    for command, told in (
+        ([*replayed, "-o", str(tmp_path / "file")], "file is a file; give a folder"),
+        ([*replayed, "-o", output, "--until", "-1"], "--until -1 is no number of steps"),
+        (["trajectory", "show", str(run / "out"), "--plot", str(tmp_path / "missing" / "x.png")], "x.png cannot be written"),
+    ):
+        assert cli.main(command) == 2
+        assert told in capsys.readouterr().err.replace("\n", "")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not Path(output).exists()
+
+
+@pytest.mark.parametrize(("base", "revision"), [("user/base", "abc123"), ("user/other", "main")])
+def test_replay_takes_the_hubs_model_as_the_run_found_it(
+    base: str, revision: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trajectory = Trajectory.read(run / "out")
+    trajectory.header["base"].update(name="user/base", revision="abc123")
+    trajectory.write(tmp_path / SEALED_NAME)
+    asked = []
+
+    def ask(name: str, **more: Any) -> None:
+        asked.append((name, more.get("revision")))
+        raise OSError("not at hand")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", ask)
+    assert cli.main(["replay", base, str(tmp_path), "-o", str(tmp_path / "new")]) == 2
+    assert asked == [(base, revision)]
+
+
+@pytest.mark.parametrize("beside_another", [False, True])
+def test_replay_command_names_an_adapter_as_the_run_did(
+    beside_another: bool, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Adapters that are not active are read by no pass, and have no part in a replay."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    args = trainer_of(tmp_path / "out", "mezo").args
+    model = get_peft_model(load_base(run), adapter, "first" if beside_another else "second")
+    if beside_another:
+        model.add_adapter("second", adapter)
+        model.set_adapter("second")
+    trainer = ZOTrainer(model, args, train_dataset=Sentences(), data_collator=collate)
+    trainer.train()
+    trainer.save_model()
+    command = ["replay", str(run / "base"), str(tmp_path / "out"), "-o", str(tmp_path / "new")]
+    assert cli.main(command) == 0, capsys.readouterr().err
+    file = Path("second") / "adapter_model.safetensors"
+    assert (tmp_path / "new" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
 def test_passes_that_measure_every_example_are_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

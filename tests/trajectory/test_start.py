@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from hf_zo import Trajectory, TrajectoryError, ZOTrainer, ZOTrainingArguments, cli, replay
 from hf_zo.adapters import draw_adapter
+from hf_zo.hub.model_card import facts_of
 from hf_zo.trajectory import LOG_NAME
 
 
@@ -74,3 +75,19 @@ def test_a_head_that_is_drawn_at_every_load_is_stored(adapted: bool, tmp_path: P
     assert_same_weights(trained_of(replay(other, trajectory)), trained_of(trained))
     command = ["replay", str(tmp_path / "base"), str(tmp_path / "run"), "-o", str(tmp_path / "rebuilt")]
     assert cli.main(command) == 0
+
+
+def test_of_several_adapters_the_active_one_is_noted(tmp_path: Path) -> None:
+    def adapted() -> Any:
+        model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"]))
+        model.set_adapter("second")
+        return model
+
+    args = trainer_of(tmp_path, "mezo").args
+    trainer = ZOTrainer(adapted(), args, train_dataset=Sentences(), data_collator=collate)
+    trainer.train()
+    trajectory = Trajectory.read(tmp_path / LOG_NAME)
+    assert (trajectory.header["adapter_name"], trajectory.header["adapter"]["r"]) == ("second", 2)
+    assert facts_of(trainer)["adapter"]["rank"] == 2  # the card's
+    assert_same_weights(weights_of(replay(adapted(), trajectory)), weights_of(trainer.model))
