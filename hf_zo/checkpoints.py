@@ -51,7 +51,6 @@ else:
     _Base = object
 
 _START_NAME = "_trajectory.start.safetensors"  # no upload takes what begins so
-_WEIGHTS = ("*model*.safetensors", "*model*.bin", "*model*.json")
 
 
 class TrajectoryCheckpoints(_Base):
@@ -170,8 +169,8 @@ class TrajectoryCheckpoints(_Base):
         if _internal_call and folder.name.startswith(PREFIX_CHECKPOINT_DIR) and self._leaves_out_weights:
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
-                for old in (file for pattern in (*_WEIGHTS, OPTIMIZER_NAME) for file in folder.glob(pattern)):
-                    old.unlink()  # another run's, which was saved here before
+                for old in [*_weights_in(folder), folder / OPTIMIZER_NAME]:
+                    old.unlink(missing_ok=True)  # another run's, which was saved here before
                 self.model.config.save_pretrained(folder)
                 torch.save(self.args, folder / TRAINING_ARGS_NAME)
         else:
@@ -241,8 +240,6 @@ class TrajectoryCheckpoints(_Base):
             if checkpoint is not None:
                 self._verify_loaded(Path(checkpoint))
             return
-        self._zo_optimizer.reset()  # of what the same trainer has trained before
-        self._zo_optimizer.forward_passes = self._prepared
         self._walk_from_start(Trajectory.read(checkpoint), verified=True)
         assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
@@ -277,6 +274,8 @@ class TrajectoryCheckpoints(_Base):
         restore_start(params, trajectory)
         if verified:
             verify_start(self.model, params, trajectory)
+        optimizer.reset()  # of what the same trainer has trained before
+        optimizer.forward_passes = self._prepared
         log = self._log
         self._log = None  # these steps are in it
         walk(optimizer, trajectory)
@@ -304,7 +303,6 @@ class TrajectoryCheckpoints(_Base):
             for name, p in optimizer.params.items():
                 p.copy_(start[name])
         spent = optimizer.forward_passes, optimizer.skipped_steps
-        optimizer.reset()
         self._walk_from_start(Trajectory.read(best), verified=False)
         optimizer.forward_passes, optimizer.skipped_steps = spent
         self.accelerator.wait_for_everyone()  # before the start is deleted
@@ -327,4 +325,9 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 def is_weightless(checkpoint: str | Path) -> bool:
     """Whether a checkpoint holds a trajectory and no weights."""
     folder = Path(checkpoint)
-    return (folder / SEALED_NAME).is_file() and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS)
+    return (folder / SEALED_NAME).is_file() and not _weights_in(folder)
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    patterns = ("*model*.safetensors", "*model*.bin", "*model*.json")
+    return [file for pattern in patterns for file in folder.glob(pattern)]

@@ -75,17 +75,16 @@ class Preparation(EngineRuns):
                 args.zo_fit_depth = self._chose_depth = 0 < (options or 0) <= AUTO_DEPTH_OPTIONS
             said = "zo_method='auto': ZO-Act, with zo_head_samples=%d and zo_fit_depth=%s."
             logger.info(said, args.zo_head_samples, args.zo_fit_depth)
+        self._calibrated = self._brings_adapter = isinstance(model, PeftModel)
         if isinstance(model, PeftModel):
             freeze_basis(model)
             rank = getattr(model.active_peft_config, "r", None)
-            if args.zo_act_rank not in (8, rank):
+            if args.zo_act_rank not in (ZOTrainingArguments.zo_act_rank, rank):
                 raise ValueError(
                     f"zo_act_rank={args.zo_act_rank}, but the adapter that was passed has rank {rank}; leave it unset."
                 )
-            self._calibrated = self._brings_adapter = True
             return model
         targets = args.zo_act_targets
-        self._calibrated = False
         return attach(
             model,
             args.zo_act_rank,

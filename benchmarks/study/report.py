@@ -238,17 +238,14 @@ def verdict(claim: Claim, tables: Tables) -> tuple[str, str]:
         return "", "not run"
     means = [fmean(fmean(of_task[seed]) for of_task in by_task.values()) for seed in sorted(seeds)]
     test = paired(means, [0.0] * len(means), claim.margin)
-    measured = f"{test.mean:+.1f} ± {_number(test.error)} points on {_count(len(by_task), 'task')}, p = {_number(test.p, 3)}"
+    tasks = "1 task" if len(by_task) == 1 else f"{len(by_task)} tasks"
+    measured = f"{test.mean:+.1f} ± {_number(test.error)} points on {tasks}, p = {_number(test.p, 3)}"
     ours, theirs = (fmean(spent[arm]) for arm in (claim.better, claim.worse))
     if min(ours, theirs) < 0.9 * max(ours, theirs):
         measured += f"; {ours:,.0f} against {theirs:,.0f} forward passes"
     if math.isnan(test.p):
         return measured, "too few runs"
     return measured, "reproduced" if test.mean > claim.margin and test.p < SIGNIFICANT else "not reproduced"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------------

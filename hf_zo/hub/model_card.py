@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 
 from .._version import __version__
-from ..anatomy import active_adapter, base_of, label_number
+from ..anatomy import base_of, label_number
 from ..estimators import METHODS, hyperparameters
 from ..trajectory import SEALED_NAME
 
@@ -156,7 +156,7 @@ def _basis_settings(trainer: ZOTrainerMixin) -> dict[str, Any]:
 
 
 def _adapter_facts(model: Any) -> dict[str, Any]:
-    config = model.peft_config[active_adapter(model)]
+    config = model.active_peft_config
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     return {"type": kind, "rank": getattr(config, "r", None), "alpha": getattr(config, "lora_alpha", None)}
 

@@ -33,8 +33,7 @@ _TIMEOUT = 3600.0  # seconds that a step may take; a server that is gone is noti
 def packed(told: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> bytes:
     """A message: JSON and tensors."""
     text = bytearray(json.dumps(told, separators=(",", ":")).encode())
-    # Copies, as safetensors refuses two names for one memory: labels are often the input ids.
-    contents = {name: t.detach().cpu().contiguous().clone() for name, t in (tensors or {}).items()}
+    contents = {name: t.detach().cpu().contiguous() for name, t in (tensors or {}).items()}
     return save({**contents, "told": torch.frombuffer(text, dtype=torch.uint8)})
 
 
@@ -46,7 +45,9 @@ def unpacked(message: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def window_tensors(window: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """The batches of a window as tensors by name; the labels of options as two.
+    """Copies of a window's batches, by name; the labels of options as two.
+
+    Copies, as safetensors refuses two names for one memory, and labels often are the input ids.
 
     Raises:
         EngineError: if a batch holds anything else.
@@ -55,9 +56,9 @@ def window_tensors(window: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tenso
     for i, inputs in enumerate(window):
         for key, value in inputs.items():
             if isinstance(value, OptionLabels):
-                found.update({f"{i}/{key}/{part}": t for part, t in value.items()})
+                found.update({f"{i}/{key}/{part}": t.clone() for part, t in value.items()})
             elif isinstance(value, torch.Tensor):
-                found[f"{i}/{key}"] = value
+                found[f"{i}/{key}"] = value.clone()
             else:
                 raise EngineError(
                     f"zo_server takes batches of tensors, and {key!r} is a {type(value).__name__}; leave it out in the data "

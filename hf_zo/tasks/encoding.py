@@ -95,12 +95,10 @@ def _fitted(
         if surplus <= 0:
             return joined, [_common(alone, ids) for ids in joined], cut
         context = str(shorter[task.context])
-        ids = _plain(tokenizer, context)
-        if not ids:
+        shortened = _shortened(tokenizer, context, surplus)
+        if shortened is None:
             break
-        shorter[task.context] = _beginning(tokenizer, context, max(0, len(ids) - surplus))
-        if len(shorter[task.context]) >= len(context):
-            shorter[task.context] = context[: len(context) // 2]
+        shorter[task.context] = shortened if len(shortened) < len(context) else context[: len(context) // 2]
         cut = True
     raise ValueError(
         f"A {task.name} prompt does not fit into {room} tokens even without its {task.context!r}; raise max_seq_length. "
@@ -108,13 +106,17 @@ def _fitted(
     )
 
 
-def _beginning(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> str:
-    """What the first ``tokens`` of a text were made from; a tokenizer in Python does not tell, and puts them together again."""
-    if not tokenizer.is_fast:
-        return str(tokenizer.decode(_plain(tokenizer, text)[:tokens], skip_special_tokens=True))
-    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    # A character of several tokens goes as a whole.
-    return text[: min(places[tokens - 1][1], places[tokens][0])] if tokens else ""
+def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, surplus: int) -> str | None:
+    """A text without its last tokens; None if it has none at all."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    ids = encoded["input_ids"]
+    if not ids:
+        return None
+    kept = max(0, len(ids) - surplus)
+    if not tokenizer.is_fast:  # does not tell where its tokens are from
+        return str(tokenizer.decode(ids[:kept], skip_special_tokens=True))
+    places = encoded["offset_mapping"]
+    return text[: min(places[kept - 1][1], places[kept][0])] if kept else ""  # a character of several tokens goes as a whole
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

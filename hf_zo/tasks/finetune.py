@@ -121,7 +121,7 @@ def load_model(arguments: ModelArguments, task: Task, seed: int = 0) -> tuple[nn
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+    for config in (model.config, model.config.get_text_config()):  # most models have one for both
         config.pad_token_id = tokenizer.pad_token_id  # by which a classifier finds the last token of a padded row
     model.config.use_cache = False
     if arguments.peft == "none":
