@@ -108,7 +108,8 @@ class Hub:
         if repo in self.repos:
             return self._json({"error": "exists", "url": f"{self.url}/{repo}"}, 409)
         self.repos[repo] = {".gitattributes": b"*.safetensors filter=lfs\n"}
-        self.private[repo] = asked.get("visibility") == "private"
+        # huggingface_hub 1.3 asks with "private", 2.4 with "visibility"
+        self.private[repo] = asked.get("private") is True or asked.get("visibility") == "private"
         return self._json({"url": f"{self.url}/{repo}", "name": repo, "id": repo})
 
     def _validate(self, body: bytes) -> Any:
