@@ -109,7 +109,9 @@ def run_one(grid: Grid, folders: Folders, name: str) -> None:
     """Run the cell of that name in this process."""
     from study.cell import run_cell, write_cell
 
-    cell = grid.cells()[name]
+    cell = grid.cells().get(name)
+    if cell is None:
+        raise GridError(f"cell {name!r} does not exist in {grid.name}; `run` starts them, `list` shows the groups they are of.")
     write_cell(folders.file(grid, cell), run_cell(grid, cell, folders))
 
 
@@ -188,8 +190,9 @@ def parser() -> argparse.ArgumentParser:
         if name == "cell":
             command.add_argument("name", help="name of the cell")
             command.add_argument("--end_with_parent", action="store_true", help=argparse.SUPPRESS)
-        else:
+        if name in ("run", "list"):
             command.add_argument("--only", default="", help="regular expression that a cell's name must contain")
+        if name in ("run", "pilot"):
             command.add_argument("--jobs", type=int, default=1, help="cells at a time, which share the cores")
     report = commands.add_parser("report", help="write LEARNING.md from the cells that are there")
     report.add_argument("--results", type=Path, default=RESULTS, help="where cells are")
@@ -226,13 +229,13 @@ def execute(arguments: argparse.Namespace) -> int:
             _end_with_parent()
         run_one(grid, folders, arguments.name)
         return 0
-    if arguments.jobs < 1:
-        raise GridError(f"--jobs {arguments.jobs} must be at least 1.")
     if arguments.command == "list":
         Console().print(overview(grid, folders, arguments.only))
         return 0
+    if arguments.jobs < 1:
+        raise GridError(f"--jobs {arguments.jobs} must be at least 1.")
     check_places(grid, folders)
-    phases, only = ("tune", "final"), arguments.only
+    phases, only = ("tune", "final"), getattr(arguments, "only", "")
     if arguments.command == "pilot":
         for arm, form in (("zero-shot", "base"), ("first-order", "lora")):
             if arm not in grid.arms or form not in grid.forms:

@@ -52,12 +52,12 @@ class Arm:
     @property
     def fits_head(self) -> bool:
         """Whether it fits the output layer."""
-        return "zo_head_samples" in self.settings
+        return bool(self.settings.get("zo_head_samples"))
 
     @property
     def needs_options(self) -> bool:
         """Whether it fits middle blocks, whose directions tell options apart; tasks with free answers have none."""
-        return "zo_fit_depth" in self.settings
+        return bool(self.settings.get("zo_fit_depth"))
 
 
 WITHOUT_OPTIONS = {"depth-probe": "linear-probe", "auto": "zo-act-probe"}

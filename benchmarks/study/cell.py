@@ -62,11 +62,11 @@ class _AtCheckpoints(TrainerCallback):
 
 def run_cell(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
     """Run a cell in this process and return its result: JSON types only."""
-    begin = time.time()
+    begin, where = time.time(), environment()
     emulated = grid.dtype == "bfloat16" and not torch.cuda.is_available() and fp32_is_faster()
     with ProductsInFp32() if emulated else nullcontext():
         found = _run(grid, cell, folders)
-    found["environment"] = {**environment(), **({"bfloat16": "products in fp32, rounded"} if emulated else {})}
+    found["environment"] = {**where, **({"bfloat16": "products in fp32, rounded"} if emulated else {})}
     return {**found, "seconds": round(time.time() - begin, 1), "peak_megabytes": peak_megabytes()}
 
 
@@ -85,7 +85,7 @@ def _run(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
         if arm.curvzo_share is not None:
             tensors = sum(p.requires_grad for p in trainer.model.parameters())
             trainer.args.curvzo_budget = max(1.0, arm.curvzo_share * tensors)
-        status, error, before, seconds = "ok", None, {}, 0.0
+        status, error, evaluated, seconds = "ok", None, list[dict[str, Any]](), 0.0
         if arm.kind in ("zo", "probe"):
             started = time.time()
             cost = cost.after(trainer.create_optimizer().forward_passes, grid.budget)  # calibrates and fits
@@ -94,7 +94,7 @@ def _run(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
         ends = sorted({round(fraction * cost.steps) for fraction in (*grid.checkpoints, 1.0)})
         trainer.add_callback(_AtCheckpoints(ends))
         if 0 in ends:
-            before = trainer.evaluate()
+            evaluated.append({**trainer.evaluate(), "step": 0})
         if cost.steps:
             started = time.time()
             try:
@@ -103,10 +103,9 @@ def _run(grid: Grid, cell: Cell, folders: Folders) -> dict[str, Any]:
                 status, error = "diverged", str(caught)
                 trainer.evaluate()  # of the weights as they are: a run does not keep the score it had before
             seconds += time.time() - started
+            evaluated += [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = [[forwards_of(entry, cost), round(entry["loss"], 5)] for entry in history]
-    evaluated = [{**before, "step": 0}] if before else []
-    evaluated += [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] > 0]
     if status == "ok":
         error = divergence([loss for _, loss in losses], [entry["eval_loss"] for entry in evaluated])
         status = "diverged" if error else "ok"

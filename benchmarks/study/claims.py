@@ -34,7 +34,13 @@ CLAIMS = (
         margin=-1.0,
         reason="20,000 steps there; the budget here is smaller, and so is the model",
     ),
-    Claim("LoZO is better than MeZO", "arXiv 2410.07698: RTE 70.4 against 66.1, OPT-13B", "lozo", "mezo"),
+    Claim(
+        "LoZO is better than MeZO",
+        "arXiv 2410.07698: RTE 70.4 against 66.1, OPT-13B",
+        "lozo",
+        "mezo",
+        reason="the same mean as of dense directions, and no less variance; V saves memory, not forward passes",
+    ),
     Claim(
         "Momentum in the subspace helps LoZO",
         "arXiv 2410.07698, RoBERTa-large",
@@ -54,7 +60,7 @@ CLAIMS = (
         "arXiv 2505.18886: n = 3 without kernel is marginal",
         "kerzoo",
         "mezo-n3",
-        reason="as above",
+        reason="without the kernel, three directions have a third of one's variance; with it, more than one's",
     ),
     Claim(
         "Cancelling the third-order bias helps",
@@ -141,7 +147,9 @@ CLAIMS = (
         "linear-probe",
         reason="what they write moves the scores along one direction, which few passes find",
     ),
-    Claim("The recipe is better than MeZO", "this package", "auto", "mezo", reason="as above"),
+    Claim(
+        "The recipe is better than MeZO", "this package", "auto", "mezo", reason="fits find what directions would be drawn for"
+    ),
     Claim(
         "Steps add to what the recipe has fitted",
         "this package",

@@ -85,8 +85,8 @@ class Cost:
         return self.at(self.steps)
 
     def at(self, step: int) -> int:
-        """After a step; of an arm without steps, when it is done."""
-        return self.once + self.per_step * step if step or not self.steps else 0
+        """After a step."""
+        return self.once + self.per_step * step
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,10 @@ class Grid:
         return ZOTrainingArguments(**{**common, "zo_trajectory": False})  # evaluates only
 
     def config(self, cell: Cell) -> dict[str, Any]:
-        """All that the result of a cell depends on: JSON types only."""
+        """What grid and study say of a cell; a result that was made under other conditions is refused. JSON types only.
+
+        The code, the model's weights and the data are not among them: the first stands in a result as its ``revision``.
+        """
         arm = self.arms[cell.arm]
         shared = ("model", "batch_size", "train_samples", "dev_samples", "eval_samples", "schedule", "max_length", "dtype")
         found = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,8 @@ class Rows:
 def rows_of(grid: Grid, cell: Cell, data: Path | None) -> Rows:
     """Draw the rows of a cell.
 
-    Development rows are cut off the training rows by a fixed key: no cell trains on them. A tuning cell does not open the
-    validation split.
+    Development rows are cut off the training rows by a fixed key: no cell trains on them, nor, where a task has groups
+    (MultiRC's questions), on others of their groups. A tuning cell does not open the validation split.
 
     Raises:
         GridError: if development rows would leave nothing to train on.
@@ -60,16 +60,22 @@ def rows_of(grid: Grid, cell: Cell, data: Path | None) -> Rows:
     """
     task, folder = TASKS[cell.task], data / cell.task if data else None
     everything = load_rows(task, "train", folder)
-    if len(everything) <= grid.dev_samples:
+    groups: dict[Hashable, list[dict[str, Any]]] = {}
+    for number, row in enumerate(everything):
+        groups.setdefault(task.group(row) if task.group is not None else number, []).append(row)
+    drawn, development = iter(np.random.default_rng(DEVELOPMENT_KEY).permutation(len(groups))), list[dict[str, Any]]()
+    of_groups = list(groups.values())
+    while len(development) < min(grid.dev_samples, len(everything)):
+        development += of_groups[next(drawn)]
+    rest = [row for i in drawn for row in of_groups[i]]
+    if not rest:
         raise GridError(
             f"dev_samples={grid.dev_samples} leaves no training row: {cell.task} has {len(everything)}; give fewer."
         )
-    order = np.random.default_rng(DEVELOPMENT_KEY).permutation(len(everything))
-    development, rest = order[: grid.dev_samples], order[grid.dev_samples :]
     sample = np.random.default_rng(cell.seed).permutation(len(rest))[: grid.train_samples]
-    train = [everything[rest[i]] for i in sample]
+    train = [rest[i] for i in sample]
     if cell.phase == "tune":
-        return Rows(train, [everything[i] for i in development], "dev")
+        return Rows(train, development, "dev")
     return Rows(train, load_rows(task, "validation", folder, grid.eval_samples, DEVELOPMENT_KEY), "validation")
 
 
@@ -80,7 +86,7 @@ def read_cell(file: Path) -> dict[str, Any] | None:
 
 def score_of(result: Mapping[str, Any]) -> float:
     """Score at the end of the run; the last one measured if it broke off."""
-    return float(result["evaluations"][-1]["score"]) if result["evaluations"] else -math.inf
+    return float(result["evaluations"][-1]["score"])
 
 
 def best_multiplier(tuned: Sequence[Mapping[str, Any]]) -> float:
@@ -132,7 +138,7 @@ def _too_large(tuned: Sequence[Mapping[str, Any]]) -> bool:
     """Whether rates beyond these, from small to large, are not worth a run."""
     if tuned[-1]["status"] != "ok":
         return True
-    losses = [result["evaluations"][-1]["loss"] for result in tuned]
+    losses = [result["evaluations"][-1]["loss"] for result in tuned if result["status"] == "ok"]
     worse = best_multiplier(tuned) not in (result["config"]["multiplier"] for result in tuned[-2:])
     return worse or losses[-1] > TOO_HIGH * min(losses)
 

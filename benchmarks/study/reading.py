@@ -27,6 +27,7 @@ HOW_TO_GET = {
 
 # What the harness itself sets, from the grid and the cell.
 _RESERVED = {
+    "zo_method": "`like`",
     "output_dir": "a scratch folder",
     "learning_rate": "the arm's rate times a multiplier; give `rate`",
     "max_steps": "`budget`",
@@ -47,7 +48,10 @@ def read_grid(file: Path) -> Grid:
             there is.
         FileNotFoundError: if the file does not exist.
     """
-    told = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        told = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise GridError(f"{file} is no YAML: {error}") from error
     if not isinstance(told, dict):
         raise GridError(f"{file} holds no mapping; a grid names model, forms, tasks, arms, multipliers, seeds and budget.")
     names = [f.name for f in dataclasses.fields(Grid) if f.name != "name"]
@@ -55,11 +59,18 @@ def read_grid(file: Path) -> Grid:
     missing = [f.name for f in dataclasses.fields(Grid) if f.default is dataclasses.MISSING and f.name not in ("name", *told)]
     if missing:
         raise GridError(f"{file} lacks {', '.join(missing)}.")
-    settings = told.pop("settings", None) or {}
+    for name in (name for name in _LISTS if name in told):
+        if not isinstance(told[name], list):
+            raise GridError(f"{name}={told[name]!r} must be a list.")
+    settings = _mapping("settings", told.pop("settings", None))
     _known("model", [told["model"]], MODELS)
     _known("task", told["tasks"], TASKS)
     _known("form", told["forms"], FORMS)
-    arms = dict(_arm(entry, settings) for entry in told["arms"])
+    named = [_arm(entry, settings) for entry in told["arms"]]
+    arms = dict(named)
+    if len(arms) < len(named):
+        twice = {name for name in arms if [n for n, _ in named].count(name) > 1}
+        raise GridError(f"arms: {', '.join(sorted(twice))} stands there more than once.")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
     grid = Grid(name=file.stem, **{**values, "arms": arms})
     _check_values(grid)
@@ -73,7 +84,27 @@ def read_grid(file: Path) -> Grid:
     return grid
 
 
+_LISTS = ("tasks", "arms", "forms", "multipliers", "seeds", "checkpoints")
+
+
+def _mapping(what: str, told: Any) -> Mapping[str, Any]:
+    if told is not None and not isinstance(told, dict):
+        raise GridError(f"{what}={told!r} must be a mapping of names to values.")
+    return told or {}
+
+
+def _positive(what: str, told: Any) -> float:
+    try:  # YAML reads 1e-4 as a text
+        value = float(told)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise GridError(f"{what}={told!r} must be a positive number.")
+    return value
+
+
 def _known(what: str, told: Iterable[Any], there: Iterable[str]) -> None:
+    there = list(there)
     unknown = [str(name) for name in told if name not in there]
     if unknown:
         raise GridError(f"{what} {', '.join(map(repr, unknown))} does not exist; there are {', '.join(there)}.")
@@ -92,11 +123,16 @@ def _arm(entry: Any, settings: Mapping[str, Any]) -> tuple[str, Arm]:
     like = str(entry.get("like", name))
     _known("arm", [like], ARMS)
     arm = ARMS[like]
-    if like != name and name in ARMS:
+    if name in ARMS and (like != name or "settings" in entry or "rate" in entry):
         raise GridError(f"arms: name={name!r} is taken by an arm of the study; call the variant of {like!r} something else.")
-    own = {**(settings if arm.kind in ("zo", "probe") else {}), **(entry.get("settings") or {})}
+    own = {**(settings if arm.kind in ("zo", "probe") else {}), **_mapping(f"arm {name!r}: settings", entry.get("settings"))}
     if own and arm.kind == "prompt":
         raise GridError(f"arm {name!r} trains nothing and takes no settings, but has {', '.join(own)}.")
+    rates, source = arm.rates, arm.source
+    if "rate" in entry:
+        if arm.kind in ("prompt", "probe"):
+            raise GridError(f"arm {name!r} takes no steps, and so no rate={entry['rate']!r}.")
+        rates, source = dict.fromkeys(rates, _positive(f"arm {name!r}: rate", entry["rate"])), "the grid"
     taken = [f"{key} (set by {_RESERVED[key]})" for key in own if key in _RESERVED]
     if taken:
         raise GridError(f"arm {name!r}: the settings {', '.join(taken)} belong to the grid.")
@@ -108,8 +144,6 @@ def _arm(entry: Any, settings: Mapping[str, Any]) -> tuple[str, Arm]:
             f"arm {name!r}: setting {', '.join(map(repr, unknown))} does not exist; there are the fields of TrainingArguments"
             + (f" and {methods}." if methods else ".")
         )
-    rates = arm.rates if "rate" not in entry else dict.fromkeys(arm.rates, float(entry["rate"]))
-    source = arm.source if "rate" not in entry else "the grid"
     label = str(entry.get("label", arm.label if like == name else name))
     return name, dataclasses.replace(arm, label=label, rates=rates, source=source, settings={**arm.settings, **own})
 
@@ -125,7 +159,7 @@ def _check_values(grid: Grid) -> None:
         value = getattr(grid, name)
         if type(value) is not int or value < 1:
             raise GridError(f"{name}={value!r} must be a whole number, at least 1.")
-    for name in ("tasks", "arms", "forms", "multipliers", "seeds", "checkpoints"):
+    for name in _LISTS:
         value = getattr(grid, name)
         if not value or len(set(value)) != len(value):
             raise GridError(f"{name}={list(value)} must not be empty or name anything twice.")
@@ -147,6 +181,8 @@ def _check_fit(grid: Grid) -> None:
     for name, arm in grid.arms.items():
         if not set(arm.rates) & set(grid.forms):
             raise GridError(f"arm {name!r} has the forms {', '.join(arm.rates)}, none of forms={list(grid.forms)}; add one.")
+        if all(name != of_group for *_, of_group in grid.groups()):
+            raise GridError(f"arm {name!r} tells options apart, and none of tasks={list(grid.tasks)} has any; leave it out.")
         if arm.demonstrations and MODELS[grid.model]["head"] != "lm":
             raise GridError(f"arm {name!r} needs prompts, and model {grid.model!r} has a {MODELS[grid.model]['head']} head.")
     if MODELS[grid.model]["head"] == "classification":

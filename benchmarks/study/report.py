@@ -82,12 +82,13 @@ def paired(ours: Sequence[float], theirs: Sequence[float], margin: float = 0.0) 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error; NaN where there are too few."""
     mean = fmean(values) if values else math.nan
-    enough = len(values) > 1 and all(map(math.isfinite, values))  # a run that broke off before any score has none
-    return mean, stdev(values) / math.sqrt(len(values)) if enough else math.nan
+    return mean, stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def two_sided_p(t: float, degrees: int) -> float:
     """Probability that Student's t with whole degrees of freedom exceeds ``|t|`` (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    if math.isnan(t):
+        return math.nan
     angle = math.atan(abs(t) / math.sqrt(degrees))
     odd = degrees % 2
     term, total = math.cos(angle) if odd else 1.0, 0.0
@@ -135,7 +136,7 @@ def stand_ins(task: str, of_table: Sequence[Outcome]) -> list[Outcome]:
 
     `WITHOUT_STEPS` tells which others where the budget ends before the first step, `WITHOUT_OPTIONS` where a task has none.
     """
-    by_arm = {o.arm: o for o in of_table if o.cells}
+    there, by_arm = {o.arm for o in of_table}, {o.arm: o for o in of_table if o.cells}
     found = []
     for arm, fit in WITHOUT_STEPS.items():
         same = by_arm.get(on_task(arm, task))
@@ -143,7 +144,7 @@ def stand_ins(task: str, of_table: Sequence[Outcome]) -> list[Outcome]:
         if same is None and fitted is not None:
             spent = all(cell["forward_passes"] >= cell["config"]["budget"] for cell in fitted.cells)
             same = fitted if spent else None
-        if same is not None and same.arm != arm:
+        if same is not None and arm not in there:
             found.append(replace(same, arm=arm, label=ARMS[arm].label, same_as=same.label))
     return found
 
@@ -219,7 +220,8 @@ def verdict(claim: Claim, tables: Tables) -> tuple[str, str]:
     """
     if not claim.better:
         return "", "cannot be tested here"
-    by_task: dict[tuple[str, str], dict[int, list[float]]] = {}
+    by_task: dict[tuple[str, str], dict[int, list[float]]] = {}  # by grid and task, points by seed
+    models: dict[str, set[str]] = {}  # by task
     spent: dict[str, list[float]] = {claim.better: [], claim.worse: []}
     seen = set()  # arms of the form base stand in several tables
     for (grid, task, _), of_table in tables.items():
@@ -231,6 +233,8 @@ def verdict(claim: Claim, tables: Tables) -> tuple[str, str]:
         common = set(better.scores) & set(worse.scores)
         for seed in common:
             by_task.setdefault((grid, task), {}).setdefault(seed, []).append(better.scores[seed] - worse.scores[seed])
+        if common:
+            models.setdefault(task, set()).add(better.cells[0]["config"]["model"])
         for o in (better, worse):
             spent[o.arm] += [cell["forward_passes"] for cell in o.cells if cell["config"]["seed"] in common]
     seeds = set.intersection(*map(set, by_task.values())) if by_task else set()
@@ -238,14 +242,18 @@ def verdict(claim: Claim, tables: Tables) -> tuple[str, str]:
         return "", "not run"
     means = [fmean(fmean(of_task[seed]) for of_task in by_task.values()) for seed in sorted(seeds)]
     test = paired(means, [0.0] * len(means), claim.margin)
-    tasks = "1 task" if len(by_task) == 1 else f"{len(by_task)} tasks"
-    measured = f"{test.mean:+.1f} ± {_number(test.error)} points on {tasks}, p = {_number(test.p, 3)}"
+    where = "1 task" if len(models) == 1 else f"{len(models)} tasks"
+    if (count := len(set.union(*models.values()))) > 1:
+        where += f", {count} models"
+    measured = f"{test.mean:+.1f} ± {_number(test.error)} points on {where}, p = {_number(test.p, 3)}"
     ours, theirs = (fmean(spent[arm]) for arm in (claim.better, claim.worse))
     if min(ours, theirs) < 0.9 * max(ours, theirs):
         measured += f"; {ours:,.0f} against {theirs:,.0f} forward passes"
     if math.isnan(test.p):
         return measured, "too few runs"
-    return measured, "reproduced" if test.mean > claim.margin and test.p < SIGNIFICANT else "not reproduced"
+    if test.p >= SIGNIFICANT:
+        return measured, "not reproduced: undecided"
+    return measured, "reproduced" if test.mean > claim.margin else "not reproduced: the opposite"
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------------
@@ -266,8 +274,9 @@ def table(of_table: Sequence[Outcome], tuned: bool = True) -> str:
         cells.append(_mean_of(o.cells, "forward_passes"))
         if tuned:
             rate = "" if o.rate is None else f"{o.rate:.2g} ({o.multiplier:g}{', **edge**' if o.edge else ''})"
-            seconds = _mean_of([cell for cell in o.cells if cell["train_seconds"]], "train_seconds")
-            cells += [rate, seconds, _mean_of(o.cells, "peak_megabytes")]
+            timed = [cell for cell in o.cells if "bfloat16" not in cell["environment"]]  # see `ProductsInFp32`
+            seconds = _mean_of([cell for cell in timed if cell["train_seconds"]], "train_seconds")
+            cells += [rate, seconds, _mean_of(timed, "peak_megabytes")]
             cells.append(f"{o.diverged} of {len(o.cells)}" if o.cells else "")
         lines.append(_row(cells))
     return "\n".join(lines)
@@ -295,7 +304,13 @@ def claims_table(tables: Tables) -> str:
 
 def curve(cells: Sequence[Result]) -> list[tuple[float, float]]:
     """(forward passes, mean score in points) at the checkpoints that all runs of an arm reached."""
-    points = [[(e["forwards"], 100 * e["score"]) for e in cell["evaluations"]] for cell in cells]
+    most = max((cell["forward_passes"] for cell in cells), default=0)
+    points = []
+    for cell in cells:
+        of_run = [(e["forwards"], 100 * e["score"]) for e in cell["evaluations"]]
+        # A run that broke off was evaluated once more there.
+        broke_off = cell["status"] != "ok" and cell["forward_passes"] < most
+        points.append(of_run[:-1] if broke_off else of_run)
     return [(fmean(x for x, _ in at), fmean(y for _, y in at)) for at in zip(*points, strict=False)]
 
 
@@ -322,7 +337,8 @@ def page(results: Sequence[Result], figures: Mapping[str, str]) -> str:
 def _conditions(c: Mapping[str, Any]) -> str:
     return (
         f"Model {c['model']}, {c['budget']:,} forward passes of batches of {c['batch_size']}, {c['train_samples']:,} training "
-        f"and {c['dev_samples']:,} development rows, {c['schedule']} schedule."
+        f"and {c['dev_samples']:,} development rows, {'all' if c['eval_samples'] is None else c['eval_samples']} validation "
+        f"rows, {c['dtype']}, {c['schedule']} schedule."
     )
 
 
@@ -343,14 +359,15 @@ calibration and the passes over the training rows that probes need count too, ev
 training, of what is calibrated and fitted before it, and of evaluations on the way, where they were measured; peak memory is
 that of the whole process. A run has diverged if a loss was not finite, or if the last tenth of its losses is above
 {DIVERGED:g} times the first tenth, or {DIVERGED_AT_ONCE:g} times the very first; it counts with the score it ended at. Cells
-in bfloat16 on a processor that is faster in fp32 multiply in it and round the result, and say so; their memory and seconds
-are not those of bfloat16. Processors differ from cell to cell (`environment`). Arms that train nothing, or what is
+in bfloat16 on a processor that is faster in fp32 multiply in it and round the result, and say so; their seconds and memory,
+which are not those of bfloat16, are left out of the tables. Processors and revisions differ from cell to cell
+(`environment`), so seconds are no comparison of arms. Arms that train nothing, or what is
 fitted before the first step alone, and ZO-Act, which brings its adapter, stand in the table of every form."""
 
 _CLAIMS = f"""Differences of paired runs, averaged over tasks seed by seed (a task of each grid counts once, forms averaged):
-mean ± standard error over seeds. Reproduced: the difference exceeds what is claimed (0 unless it says more), with p <
-{SIGNIFICANT:g} in the t-test over seeds. With three seeds only what is large is reproduced. Forward passes stand where the
-arms did not take equally many."""
+mean ± standard error over seeds. Reproduced, or the opposite: the difference exceeds what is claimed (0 unless it says more),
+or falls short of it, with p < {SIGNIFICANT:g} in the t-test over seeds; else it is undecided, as with three seeds all but large
+differences are. Forward passes stand where the arms did not take equally many."""
 
 
 def draw(grid: str, tables: Tables, file: Path) -> bool:
@@ -364,24 +381,29 @@ def draw(grid: str, tables: Tables, file: Path) -> bool:
     if not panels:
         return False
     forms, tasks = (list(dict.fromkeys(key[i] for key in panels)) for i in (1, 0))
-    figure, axes = plt.subplots(len(forms), len(tasks), figsize=(5.5 * len(tasks), 4 * len(forms)), squeeze=False)
+    width = max(8.0, 5.5 * len(tasks))
+    figure, axes = plt.subplots(len(forms), len(tasks), figsize=(width, 4 * len(forms)), squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)
     arms = list(dict.fromkeys(o.arm for value in panels.values() for o in value))
     colours = plt.get_cmap("tab20")
     for (task, form), of_table in panels.items():
         axis = axes[forms.index(form)][tasks.index(task)]
+        axis.set_visible(True)
         for o in (o for o in of_table if not o.same_as):
             points = curve(o.cells)
             colour = colours(arms.index(o.arm) % 20)
-            if len(points) > 1:
-                axis.plot(*zip(*points, strict=True), color=colour, label=o.label, linewidth=1.3, marker=".", markersize=4)
-            elif points:
+            if any(passes for passes, _ in points):
+                axis.plot(*zip(*points, strict=True), color=colour, label=o.label, linewidth=1.3, marker="o", markersize=4)
+            elif points:  # nothing was trained
                 axis.axhline(points[0][1], color=colour, label=o.label, linewidth=1, linestyle="--")
+        axis.set_xlim(left=0)
         axis.set_title(f"{task}, {form}")
         axis.set_xlabel("forward passes")
         axis.set_ylabel("score")
         axis.grid(alpha=0.3)
     legend = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=int(width / 2.7), fontsize=8)
     figure.set_layout_engine("constrained")
     figure.savefig(file, dpi=110)
     plt.close(figure)

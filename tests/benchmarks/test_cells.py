@@ -13,9 +13,10 @@ import learning
 import pytest
 import torch
 from benchmarks.made_up import write_rows
+from hardware import environment
 from study.arithmetic import ProductsInFp32, fp32_is_faster
 from study.cell import divergence, run_cell, with_demonstrations, write_cell
-from study.grid import Cell
+from study.grid import Cell, GridError
 from study.progress import best_multiplier, checked, read_cell, runnable
 from tasks.tiny import ROWS, make_bpe, make_wordpiece, tiny
 from transformers import AutoModelForSequenceClassification, BertModel
@@ -138,6 +139,15 @@ def test_a_run_that_diverges_is_recorded(study, arm, form):
     assert cell not in runnable(grid, folders)
 
 
+@pytest.mark.parametrize("checkpoints", [[1], [0, 1]])
+def test_a_run_that_diverges_in_its_first_step_is_scored_as_it_is_then(study, checkpoints):
+    eps = {"name": "far", "like": "mezo", "settings": {"zo_eps": 1e30}}
+    grid, folders = study(arms=[eps], forms=["lora"], checkpoints=checkpoints)
+    result = run_cell(grid, Cell("tune", "sst2", "lora", "far", 1, 0), folders)
+    assert (result["status"], result["steps"], result["forward_passes"]) == ("diverged", 0, 0)
+    assert len(result["evaluations"]) == len(checkpoints)
+
+
 def test_what_counts_as_divergence():
     assert divergence([0.7] * 20 + [1.3] * 5) is None
     assert divergence([]) is None
@@ -173,6 +183,7 @@ def test_linear_probes(study, model):
     assert passes["depth-probe"] > 2 * passes["linear-probe"]
     assert passes["mezo-probe"] == passes["zo-act-probe"] == 24
     assert [len(r["evaluations"]) for r in results.values()] == [1, 1, 2, 2]
+    assert [e["forwards"] for e in results["mezo-probe"]["evaluations"]] == [passes["linear-probe"], 24]
     assert results["linear-probe"]["trained_parameters"] == results["depth-probe"]["trained_parameters"] == 0
     assert len({json.dumps(r["config"]) for r in results.values()}) == 4
     assert results["depth-probe"]["train_seconds"] > 0  # without a step
@@ -317,6 +328,28 @@ def test_the_pilot_tells_which_tasks_gain(study):
     columns = [list(column.cells) for column in table.columns]
     assert columns[0] == ["sst2", "sst5"]
     assert columns[2:] == [["50.0", "30.0"], ["56.0", "nan"], ["6.0", "nan"], ["yes", "not run"]]
+
+
+def test_a_cell_that_no_grid_has(study):
+    with pytest.raises(GridError, match="cell 'final_sst2' does not exist in tiny"):
+        learning.run_one(*study(), "final_sst2")
+
+
+def test_the_revision_of_a_result_tells_whether_the_code_was_another(monkeypatch):
+    told = {"rev-parse": (0, "abc1234\n"), "diff": (1, "")}
+
+    def git(command, **kwargs):
+        code, said = told[command[1]]
+        return subprocess.CompletedProcess(command, code, said)
+
+    monkeypatch.setattr("hardware.subprocess.run", git)
+    assert environment()["revision"] == "abc1234-dirty"
+    told["diff"] = (0, "")
+    assert environment()["revision"] == "abc1234"
+    told["rev-parse"] = (128, "")  # no clone
+    assert environment()["revision"] == ""
+    monkeypatch.setattr("hardware.subprocess.run", lambda *a, **k: exec("raise FileNotFoundError"))
+    assert environment()["revision"] == ""
 
 
 def test_the_overview_counts_what_is_left(study):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from benchmarks.made_up import write_rows
 from study.arms import ARMS
 from study.cell import write_cell
 from study.grid import Cell, GridError
@@ -25,6 +26,19 @@ GRIDS = Path(__file__).parents[2] / "benchmarks" / "grids"
         ({"arms": [{"name": "mine", "base": "mezo"}]}, "field of an arm 'base' does not exist; there are name, like"),
         ({"arms": [{"name": "Mine_1", "like": "mezo"}]}, "name='Mine_1' becomes part of file names"),
         ({"arms": [{"name": "lozo", "like": "mezo"}]}, "name='lozo' is taken"),
+        ({"arms": [{"name": "mezo", "settings": {"zo_clip": 1}}]}, "name='mezo' is taken"),
+        ({"arms": ["mezo", "zero-shot", "mezo"]}, "arms: mezo stands there more than once"),
+        ({"arms": [{"name": "mine", "like": "mezo", "rate": "fast"}]}, "arm 'mine': rate='fast' must be a positive number"),
+        ({"arms": [{"name": "none", "like": "zero-shot", "rate": 1}]}, "arm 'none' takes no steps, and so no rate=1"),
+        ({"arms": [{"name": "mine", "like": "mezo", "settings": [1]}]}, r"arm 'mine': settings=\[1\] must be a mapping"),
+        ({"arms": [{"name": "mine", "like": "mezo", "settings": {"zo_method": "auto"}}]}, r"zo_method \(set by `like`\)"),
+        ({"arms": ["mezo", "depth-probe"], "tasks": ["squad"]}, "arm 'depth-probe' tells options apart, and none"),
+        ({"settings": "zo_clip"}, "settings='zo_clip' must be a mapping"),
+        ({"seeds": 3}, "seeds=3 must be a list"),
+        ({"multipliers": 10}, "multipliers=10 must be a list"),
+        ({"checkpoints": 1}, "checkpoints=1 must be a list"),
+        ({"tasks": "sst2"}, "tasks='sst2' must be a list"),
+        ({"model": ["smollm2"]}, r"model .* does not exist"),
         ({"arms": [{"name": "mine", "like": "mezo", "settings": {"zo_epsilon": 1}}]}, "'zo_epsilon' does not exist.*zo_eps"),
         ({"arms": [{"name": "mine", "like": "mezo", "settings": {"seed": 1}}]}, r"seed \(set by `seeds`\)"),
         (
@@ -53,6 +67,12 @@ GRIDS = Path(__file__).parents[2] / "benchmarks" / "grids"
 def test_a_grid_that_cannot_run_is_refused(study, changes, message):
     with pytest.raises(GridError, match=message):
         study(**changes)
+
+
+def test_a_file_that_is_no_yaml(tmp_path):
+    (tmp_path / "torn.yaml").write_text("model: [smollm2")
+    with pytest.raises(GridError, match=r"torn\.yaml is no YAML"):
+        read_grid(tmp_path / "torn.yaml")
 
 
 def test_a_file_that_is_no_mapping(tmp_path):
@@ -85,7 +105,7 @@ def test_every_arm_spends_the_same_budget(study):
             cost = grid.cost(Cell(phase, task, form, arm, 1.0, seed))
             assert (cost.per_step, cost.once) == (per_step[arm], once.get(arm, 0)), arm
             assert 120 - cost.per_step < cost.total <= 120
-            assert cost.at(0) == 0
+            assert cost.at(0) == cost.once
 
 
 def test_arms_that_train_nothing_cost_nothing(study):
@@ -152,6 +172,19 @@ def test_development_rows_are_never_trained_on_and_tuning_opens_no_validation_sp
     assert (again.train, again.scored) == (tuned.train, tuned.scored)
 
 
+def test_no_row_is_trained_on_whose_group_is_scored(study):
+    grid, folders = study(tasks=["multirc"], dev_samples=10, train_samples=1000)
+    questions = [{"paragraph": 0, "question": i // 4, "answer": i} for i in range(40)]
+    answers = [{"paragraph": "p", "question": "q", "answer": "a", "label": i % 2, "idx": q} for i, q in enumerate(questions)]
+    for split in ("train", "validation"):
+        write_rows(folders.data / "multirc", split, answers)
+    rows = rows_of(grid, Cell("tune", "multirc", "lora", "mezo", 1.0, 0), folders.data)
+    questions = [[row["idx"]["question"] for row in of_rows] for of_rows in (rows.train, rows.scored)]
+    assert len(questions[1]) == 12  # whole questions, as exact match wants them
+    assert len(rows.train) == 28
+    assert not set(questions[0]) & set(questions[1])
+
+
 def result_of(grid, cell, score, loss=1.0, status="ok"):
     evaluations = [{"forwards": 12, "split": "dev", "loss": loss, "score": score}]
     return {"config": grid.config(cell), "status": status, "evaluations": evaluations}
@@ -193,6 +226,7 @@ def test_final_cells_wait_for_all_tuning_cells_of_their_arm(study):
         ({10: ("ok", 0.6, 0.9), 30: ("ok", 0.6, 0.8), 100: ("diverged", 0.5)}, 3),  # all may be too large
         ({3: ("ok", 0.6, 1.0), 10: ("ok", 0.6, 0.9), 30: ("ok", 0.6, 0.8), 100: ("diverged", 0.5)}, None),
         ({3: ("ok", 0.5), 10: ("diverged", 0.9)}, 1),
+        ({3: ("diverged", 0.5, None), 10: ("ok", 0.6, 0.9), 30: ("ok", 0.6, 0.8)}, 100),
         ({10: ("diverged", 0.5)}, 3),
         ({1: ("diverged", 0.5), 3: ("diverged", 0.6), 10: ("diverged", 0.6)}, None),
     ],

@@ -1,11 +1,26 @@
 """The report's numbers, from cells made up for the purpose."""
 
 import math
+from pathlib import Path
 
 import pytest
 from study.arms import ARMS
 from study.claims import CLAIMS, Claim
-from study.report import curve, outcomes, over_tasks, page, paired, table, two_sided_p, verdict, write_report
+from study.report import (
+    curve,
+    draw,
+    outcomes,
+    over_tasks,
+    page,
+    paired,
+    read_results,
+    table,
+    two_sided_p,
+    verdict,
+    write_report,
+)
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def cell(
@@ -15,6 +30,7 @@ def cell(
         "grid": grid, "task": task, "form": form, "arm": arm, "phase": phase, "seed": seed, "multiplier": multiplier,
         "label": ARMS[arm].label, "kind": ARMS[arm].kind, "rate": 1e-4, "model": "smollm2", "batch_size": 16,
         "train_samples": 1000, "dev_samples": 200, "schedule": "linear", "budget": 20,
+        "eval_samples": None, "dtype": "bfloat16",
     }  # fmt: skip
     evaluations = [
         {"forwards": 0, "split": "dev", "loss": 1.0, "score": 0.5},
@@ -24,7 +40,7 @@ def cell(
         evaluations = evaluations[1:]
     return {
         "config": config, "status": status, "metric": "accuracy", "evaluations": evaluations, "forward_passes": forwards,
-        "train_seconds": 10.0 * seed, "peak_megabytes": 500, **more,
+        "train_seconds": 10.0 * seed, "peak_megabytes": 500, "environment": {}, **more,
     }  # fmt: skip
 
 
@@ -63,6 +79,14 @@ def test_outcomes_take_the_tuned_multiplier_and_flag_the_edge():
     assert found["zero-shot"].rate is None
 
 
+def test_seconds_and_memory_of_emulated_cells_are_left_out():
+    emulated = {"environment": {"bfloat16": "products in fp32, rounded"}, "train_seconds": 999.0, "peak_megabytes": 9999}
+    runs = [*tuned("mezo", {1: 0.6}), cell("mezo", 0.7, seed=1), cell("mezo", 0.7, seed=2, **emulated)]
+    for results, shown in ((runs, ["10", "500"]), (runs[:1] + runs[2:], ["", ""])):
+        (of_table,) = outcomes(results).values()
+        assert [c.strip() for c in table(of_table).splitlines()[-1].strip("|").split("|")][7:9] == shown
+
+
 def test_the_table():
     (of_table,) = outcomes(RESULTS).values()
     lines = {
@@ -90,6 +114,7 @@ def test_the_table():
 def test_p_values_are_those_of_the_printed_tables(t, degrees, p):
     assert two_sided_p(t, degrees) == pytest.approx(p, rel=2e-3)
     assert two_sided_p(-t, degrees) == two_sided_p(t, degrees)
+    assert math.isnan(two_sided_p(math.nan, degrees))
 
 
 def test_paired_differences():
@@ -156,6 +181,8 @@ def test_the_recipe_is_its_fit_where_that_takes_the_budget():
     assert {o.arm: pytest.approx(o.scores[1]) for o in over_tasks(tables)["smollm2", "lora", ("squad", "sst2")]}["auto"] == 61
     claims = [Claim("", "", "auto", other) for other in ("mezo", "depth-probe")]
     assert [verdict(claim, outcomes(sst2))[0].partition(" points")[0] for claim in claims] == ["+20.0 ± 0.0", ""]
+    begun = [*sst2, *tuned("auto", {1: 0.7}, form="base")]
+    assert [o.scores for o in outcomes(begun)["made-up", "sst2", "lora"] if o.arm == "auto"] == [{}]
     short = [*two("depth-probe", 0.8, "sst2", forwards=10), *two("mezo", 0.6, "sst2", "lora")]  # room for steps
     assert "auto" not in {o.arm for o in outcomes(short)["made-up", "sst2", "lora"]}
 
@@ -165,12 +192,12 @@ def test_verdicts():
     worse = Claim("x", "y", "kerzoo", "mezo")
     assert verdict(worse, tables) == (
         f"-8.0 ± 1.2 points on 1 task, p = {two_sided_p(-8 / (2 / 3**0.5), 2):.3f}",
-        "not reproduced",
+        "not reproduced: the opposite",
     )
     assert verdict(Claim("x", "y", "mezo", "kerzoo"), tables)[1] == "reproduced"
-    assert verdict(Claim("x", "y", "mezo", "kerzoo", margin=8.5), tables)[1] == "not reproduced"
+    assert verdict(Claim("x", "y", "mezo", "kerzoo", margin=8.5), tables)[1] == "not reproduced: undecided"
     assert verdict(Claim("x", "y", "kerzoo", "mezo", margin=-20), tables)[1] == "reproduced"
-    assert verdict(Claim("x", "y", "zo-act", "mezo"), tables)[1] == "not reproduced"  # within the noise
+    assert verdict(Claim("x", "y", "zo-act", "mezo"), tables)[1] == "not reproduced: undecided"  # within the noise
     assert verdict(Claim("x", "y", "bszo", "mezo"), tables) == ("", "not run")
     assert verdict(Claim("x", "y"), tables) == ("", "cannot be tested here")
     free = verdict(Claim("x", "y", "mezo", "zero-shot"), tables)[0]
@@ -182,6 +209,34 @@ def test_curves_end_where_the_first_run_ends():
     runs = [cell("mezo", 0.7), {**cell("mezo", 0.9), "evaluations": cell("mezo", 0.9)["evaluations"][:1]}]
     assert curve(runs[:1]) == [(0, 50), (20, 70)]
     assert curve(runs) == [(0, 50)]
+    # One that broke off was evaluated where it did, which is no checkpoint.
+    broken = cell("mezo", 0.3, status="diverged", forwards=7)
+    assert curve([runs[0], broken]) == [(0, 50)]
+    assert curve([broken]) == [(0, 50), (7, 30)]  # alone, it ends there
+
+
+def test_a_figure_tells_what_trains_nothing_from_what_was_scored_at_its_end_only(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    fit = {
+        **cell("linear-probe", 0.8, form="base", forwards=7),
+        "evaluations": cell("mezo", 0.8, forwards=7)["evaluations"][1:],
+    }
+    other = [
+        cell("mezo", 0.7),
+        fit,
+        cell("zero-shot", 0.5, form="base", forwards=0),
+        cell("mezo", 0.6, form="full", task="rte"),
+    ]
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    plt.figure()  # not this one
+    assert draw("made-up", outcomes(other), tmp_path / "figure.png")
+    figure = plt.gcf()
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
+    assert set(panels) == {"sst2, lora", "rte, full"}
+    lines = {line.get_label(): list(map(float, line.get_xdata())) for line in panels["sst2, lora"].lines}
+    assert lines == {"MeZO": [0, 20], "linear probe": [7], "zero-shot": [0, 1]}
+    assert panels["sst2, lora"].get_xlim()[0] == 0
 
 
 def test_the_page_says_what_was_not_run():
@@ -216,8 +271,18 @@ def test_a_verdict_averages_over_tasks_seed_by_seed():
             results += tuned(arm, {1: 0.5}, task=task, form=form)
             plus = of_seeds if form == "base" else (0.0, 0.0, 0.0)
             results += [cell(arm, 0.2 + plus[s - 1], seed=s, task=task, form=form) for s in (1, 2, 3)]
-    measured, found = verdict(Claim("x", "y", "linear-probe", "mezo"), outcomes(results))
+    claim = Claim("x", "y", "linear-probe", "mezo")
+    encoder = [{**r, "config": {**r["config"], "grid": "e", "model": "encoder"}} for r in results]
+    assert verdict(claim, outcomes([*results, *encoder]))[0].startswith("+31.0 ± 0.6 points on 2 tasks, 2 models, p")
+    measured, found = verdict(claim, outcomes(results))
     assert measured == f"+31.0 ± 0.6 points on 2 tasks, p = {two_sided_p(31 * 3**0.5, 2):.3f}"
     assert found == "reproduced"
     fewer = [r for r in results if (r["config"]["task"], r["config"]["seed"]) != ("rte", 3)]
     assert verdict(Claim("x", "y", "linear-probe", "mezo"), outcomes(fewer))[0].startswith("+30.5 ± 0.5 points on 2 tasks")
+
+
+def test_the_committed_page_is_that_of_the_committed_cells():
+    results = read_results(BENCHMARKS / "results" / "learning")
+    grids = dict.fromkeys(r["config"]["grid"] for r in results)
+    figures = {g: f"results/learning/{g}.png" for g in grids if (BENCHMARKS / "results" / "learning" / f"{g}.png").is_file()}
+    assert page(results, figures) == (BENCHMARKS / "LEARNING.md").read_text(encoding="utf-8"), "run: make learning-report"
