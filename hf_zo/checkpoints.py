@@ -63,6 +63,8 @@ class TrajectoryCheckpoints(_Base):
     _log: TrajectoryLog | None = None
     _dtypes: dict[str, torch.dtype]
     _packing: Packing
+    _fits: dict[str, str] | None = None  # what came of the fits, for the card
+    _decides_depth = False  # zo_method="auto" does, where zo_fit_depth is left open
     _began: str | None = None  # hash of the weights before the first step of all
     _kept: int | None = None  # the step whose weights, the best, were loaded at the end of training
     _losses: list[float]
@@ -215,18 +217,22 @@ class TrajectoryCheckpoints(_Base):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The Trainer's, with the form of the batches, which the first one of a process has decided."""
+        """The Trainer's, with what a start has decided: the form of a process's batches, and what the fits came to."""
         super()._save_rng_state(output_dir)
-        self._packing_file(output_dir).write_text(json.dumps(self._packing.choice))
+        told = {"packing": self._packing.choice, "fits": self._fits}
+        self._start_file(output_dir).write_text(json.dumps(told))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The Trainer's, with the form of the batches."""
+        """The Trainer's, with what a start has decided."""
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and self._packing_file(checkpoint).is_file():
-            self._packing.choice = json.loads(self._packing_file(checkpoint).read_text())
+        if checkpoint is not None and self._start_file(checkpoint).is_file():
+            told = json.loads(self._start_file(checkpoint).read_text())
+            self._packing.choice, self._fits = told["packing"], told["fits"]
+            if self._fits and self._decides_depth:
+                self.args.zo_fit_depth = "middle blocks" in self._fits
 
-    def _packing_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"packing_{self.args.process_index}.json"
+    def _start_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"start_{self.args.process_index}.json"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The Trainer's; a checkpoint without weights is replayed once the optimizer exists."""

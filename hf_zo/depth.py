@@ -227,7 +227,7 @@ def _discriminants(x: torch.Tensor, fit: HeadFit, half: torch.Tensor) -> torch.T
     contrasts = torch.linalg.qr(torch.cat([torch.ones(count, 1), torch.eye(count)[:, 1:]], 1).double()).Q[:, 1:].T
     inputs, z, target = x.double().cpu()[half], fit.left_out[half], fit.target[half]
     inputs = inputs - inputs.mean(0)
-    scale = inputs.square().mean().sqrt()
+    scale = inputs.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     start = torch.zeros(count, x.shape[1], dtype=torch.float64)
     w = minimum(lambda some, w: z[some] + (inputs[some] / scale) @ w.T, target >= 0, target, _RIDGE, start)
     return (contrasts @ w / scale).to(x)

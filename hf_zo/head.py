@@ -14,7 +14,8 @@ layer shares its weights with the input embedding, such an adapter must not be m
 Where answers are free text, the options are the tokens about which the model errs most (see `hf_zo.readings`); the row of W of
 all others is zero. A prompt's format is learnt so: how an answer begins and where it ends.
 
-The ridge is chosen by five-fold cross-validation on the rows. Where that predicts left-out rows no better than the layer as it
+The ridge, from which a bias is all but free, is chosen by five-fold cross-validation on the rows; the tokens of an answer are
+in the same fold. Where that predicts left-out rows no better than the layer as it
 is, as with one that was trained before, the layer stays as it was.
 """
 
@@ -42,6 +43,10 @@ RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Tried in this order, per unit of the hidden states' mean square."""
 
 FOLDS = 5
+
+_BIAS = 10.0
+"""Multiplies the bias in place of an input: the ridge on it is a hundred times weaker. Without one, a class of one row would
+take it to infinity; with the whole, classes of which one is rare would be predicted worse than by their shares."""
 
 
 @dataclass
@@ -81,9 +86,10 @@ def fit_head(model: nn.Module, batches: Sequence[Mapping[str, Any]], logits: Log
         )
     fresh = seen.tokens is None  # a new layer's scores are noise
     offset = torch.zeros_like(seen.scores) if fresh else seen.scores
-    weights, facts, left_out = fitted(seen.hidden, offset, seen.target, bias=fresh and getattr(layer, "bias", None) is not None)
+    bias = fresh and getattr(layer, "bias", None) is not None
+    weights, facts, left_out = fitted(seen.hidden, offset, seen.target, bias, seen.answer)
     facts["loss_before"] = float(nn.functional.cross_entropy(seen.scores.double(), seen.target))
-    if facts["loss_after"] >= facts["loss_before"]:
+    if not facts["loss_after"] < facts["loss_before"]:
         logger.warning("The output layer stays as it was: fitted to some rows, it predicts the others worse.")
         facts["loss_after"], left_out = facts["loss_before"], seen.scores.double().cpu()
     elif seen.tokens is None:
@@ -115,19 +121,19 @@ def fittable(model: nn.Module, collator: Any, rows: Iterable[Any]) -> int | None
         return None if common is None or len(labels["target"].unique()) < 2 else len(common.tokens)
     if is_language_model:
         answered = [_is_answered(row) for row in rows] if shifts_labels(model) else []
-        return 0 if len(answered) >= FOLDS and all(answered) else None
-    trained = _trained_heads(model)
-    classes = [_class_of(row) for row in rows] if trained else []
+        return 0 if sum(answered) >= FOLDS else None
+    trained = _trained_head(base_of(model))
+    classes = [_class_of(row) for row in rows] if trained is not None else []
     suffice = len(classes) >= FOLDS and None not in classes and len(set(classes)) > 1
-    return trained[-1].out_features if suffice else None
+    return trained.out_features if trained is not None and suffice else None
 
 
 def _class_of(row: Any) -> int | None:
     """The label of a training row, None if it is no class."""
     label = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
     if isinstance(label, torch.Tensor):
-        return int(label) if label.dtype == torch.long and not label.ndim else None
-    return int(label) if isinstance(label, Integral) else None
+        label = label.item() if label.dtype == torch.long and not label.ndim else None
+    return int(label) if isinstance(label, Integral) and label >= 0 else None
 
 
 def _is_answered(row: Any) -> bool:
@@ -150,24 +156,25 @@ def output_layer(model: nn.Module) -> nn.Module:
     name = lm_head_name(base)
     if name is not None:
         raise ValueError(f"zo_head_samples fits an adapter on the output layer; add {name!r} to the adapter's target_modules.")
-    trained = _trained_heads(base)
-    if not trained:
+    trained = _trained_head(base)
+    if trained is None:
         raise ValueError(
             "zo_head_samples fits the output layer of a language model with an adapter on it, or the trainable `classifier` or "
-            f"`score` of a classifier; {type(base).__name__} has neither. Set it to 0."
+            f"`score` of a classifier, for two classes at least; {type(base).__name__} has neither. Set it to 0."
         )
-    return trained[-1]
+    return trained
 
 
-def _trained_heads(base: nn.Module) -> list[nn.Linear]:
-    """Trainable linear layers of a classifier's head."""
+def _trained_head(base: nn.Module) -> nn.Linear | None:
+    """The last linear layer of a classifier's head, if it is trainable and tells classes apart."""
     heads = [head for head in new_heads(base).values() if not isinstance(head, LoraLayer)]
     modules = [m for head in heads for m in head.modules()]
-    return [m for m in modules if isinstance(m, nn.Linear) and m.weight.requires_grad and m.out_features > 1]
+    last = next((m for m in reversed(modules) if isinstance(m, nn.Linear) and m.weight.requires_grad), None)
+    return last if last is not None and last.out_features > 1 else None
 
 
 def fitted(
-    hidden: torch.Tensor, offset: torch.Tensor, target: torch.Tensor, bias: bool = False
+    hidden: torch.Tensor, offset: torch.Tensor, target: torch.Tensor, bias: bool = False, group: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, float], torch.Tensor]:
     """Multinomial logistic regression with an offset, its ridge chosen by cross-validation; fp64 on the CPU.
 
@@ -176,6 +183,7 @@ def fitted(
         offset: [N, K].
         target: [N].
         bias: whether the last column of the result multiplies 1 in place of an input.
+        group: see `cross_validated`.
 
     Returns:
         Weights [K, D] (+ 1 with bias), and ``facts`` and ``left_out`` of `HeadFit`.
@@ -185,21 +193,28 @@ def fitted(
     """
     x, z, y = hidden.double().cpu(), offset.double().cpu(), target.cpu()
     if not (x.isfinite().all() and z.isfinite().all()):
-        raise ValueError("zo_head_samples: the model's hidden states are not finite on some training row.")
+        raise ValueError(
+            "zo_head_samples: what the output layer reads or says is not finite on some training row. Load the model in a "
+            "wider dtype, or set it to 0."
+        )
     if len(x) < FOLDS:
         raise ValueError(f"zo_head_samples={len(x)}: at least {FOLDS} rows are needed.")
-    scale = x.pow(2).mean().sqrt()
+    scale = x.pow(2).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     x = x / scale
     if bias:
-        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        x = torch.cat([x, torch.full_like(x[:, :1], _BIAS)], 1)
     start = torch.zeros(z.shape[1], x.shape[1], dtype=torch.float64)
-    w, facts, left_out = cross_validated(lambda some, w: z[some] + x[some] @ w.T, y, start)
+    w, facts, left_out = cross_validated(lambda some, w: z[some] + x[some] @ w.T, y, start, group)
     w[:, : hidden.shape[1]] /= scale
+    w[:, hidden.shape[1] :] *= _BIAS
     return w, facts, left_out
 
 
 def cross_validated(
-    scores: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], target: torch.Tensor, start: torch.Tensor
+    scores: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    target: torch.Tensor,
+    start: torch.Tensor,
+    group: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float], torch.Tensor]:
     """Parameters of least penalised cross-entropy, their ridge chosen by cross-validation.
 
@@ -207,12 +222,16 @@ def cross_validated(
         scores: of some rows, given as a mask [N], under parameters of the shape of ``start``: affine in these.
         target: [N].
         start: zeros.
+        group: [N], rows of one group are left out together; None where every row stands for itself.
 
     Returns:
         The parameters, and ``facts`` and ``left_out`` of `HeadFit`.
     """
     fold = torch.empty_like(target)
-    fold[target.argsort(stable=True)] = torch.arange(len(target)) % FOLDS  # every class dealt out in turn
+    if group is None:
+        fold[target.argsort(stable=True)] = torch.arange(len(target)) % FOLDS  # every class dealt out in turn
+    else:
+        fold[:] = group.unique(return_inverse=True)[1] % FOLDS
     losses, left_out = torch.zeros(len(RIDGES), dtype=torch.float64), []
     for k in range(FOLDS):
         out, w = fold == k, start

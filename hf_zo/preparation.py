@@ -43,7 +43,7 @@ class Preparation(EngineRuns):
     _brings_adapter = False  # ZO-Act's was passed
     _brings_fit = False  # an adapter that was passed has been trained already
     _fits: dict[str, str] | None = None  # what came of the fits, for the card; None where resuming has brought them
-    _chose_depth = False  # zo_method="auto" did, where nobody had asked for zo_fit_depth
+    _decides_depth = False  # zo_method="auto" does, where zo_fit_depth is left open
     _given: tuple[Any, Any] = (None, None)  # data collator and training rows, before the Trainer has them
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -60,19 +60,20 @@ class Preparation(EngineRuns):
             check_basis(model)
         if args.zo_auto:
             collator, data = self._given
-            possible = args.zo_runtime == "torch" and data is not None
-            wanted = args.zo_head_samples or AUTO_HEAD_SAMPLES
+            wanted = AUTO_HEAD_SAMPLES if args.zo_head_samples is None else args.zo_head_samples
+            possible = wanted > 0 and args.zo_runtime == "torch" and data is not None
             options = fittable(model, collator, drawn(data, wanted)) if possible else None
+            self._decides_depth = self._decides_depth or args.zo_fit_depth is None
+            if self._decides_depth:
+                args.zo_fit_depth = 0 < (options or 0) <= AUTO_DEPTH_OPTIONS
             if args.zo_fit_depth and not options:
                 raise ValueError(
                     "zo_fit_depth=True goes on from a fit of the output layer, which zo_method='auto' cannot make here: that "
                     "takes a classifier, or prompts whose options differ in their last token alone, rows of several of "
-                    "them, and zo_runtime='torch'. Unset it."
+                    "them, zo_runtime='torch', and zo_head_samples above 0. Unset it."
                 )
-            if options is not None:
-                args.zo_head_samples = wanted
-            if not args.zo_fit_depth:
-                args.zo_fit_depth = self._chose_depth = 0 < (options or 0) <= AUTO_DEPTH_OPTIONS
+            if options is not None or args.zo_head_samples is None:
+                args.zo_head_samples = 0 if options is None else wanted
             said = "zo_method='auto': ZO-Act, with zo_head_samples=%d and zo_fit_depth=%s."
             logger.info(said, args.zo_head_samples, args.zo_fit_depth)
         self._calibrated = self._brings_adapter = isinstance(model, PeftModel)
@@ -89,7 +90,7 @@ class Preparation(EngineRuns):
             model,
             args.zo_act_rank,
             targets if targets in ("all-linear", "one-block") else targets.split(","),
-            with_head=args.zo_head_samples > 0,
+            with_head=bool(args.zo_head_samples),
         )
 
     def _check_head(self, model: nn.Module) -> None:
@@ -166,8 +167,10 @@ class Preparation(EngineRuns):
                 raise
 
     def _fit(self) -> None:
+        assert self.args.zo_head_samples
         batches = self.training_batches(self.args.zo_head_samples)
-        if self.args.zo_fit_depth:  # options are put together anew, and their tokens have to be known by example
+        # Options are put together anew, and their tokens have to be known by example; a loss of one's own is told no numbers.
+        if self.args.zo_fit_depth and self._loss_is_the_trainers():
             batches = [numbered(batch, 0) if isinstance(batch.get("labels"), OptionLabels) else batch for batch in batches]
         batches = [self._packed(batch) for batch in batches]
         try:
@@ -184,7 +187,7 @@ class Preparation(EngineRuns):
                 logger.info("The middle blocks: %s", _told(facts))
                 self._note_fit("middle blocks", "a direction each, fitted to the same rows", facts)
             except DepthError as error:
-                if not self._chose_depth:
+                if not self._decides_depth:
                     raise
                 self.args.zo_fit_depth = False
                 logger.warning("zo_method='auto' leaves the middle blocks as they are. %s", error)
@@ -204,6 +207,10 @@ class Preparation(EngineRuns):
             raise DepthError(f"zo_fit_depth=True moves tokens, and a batch holds {', '.join(batches[0])}. Unset it.")
         if getattr(batches[0]["labels"], "ndim", 1) > 1:
             raise DepthError("zo_fit_depth=True moves the scores of classes or options, and answers are free text. Unset it.")
+        if isinstance(batches[0]["labels"], OptionLabels) and not self._loss_is_the_trainers():
+            raise DepthError(
+                "zo_fit_depth=True follows the tokens of options, which a compute_loss of your own hides. Unset it."
+            )
         last: Mapping[str, Any] = {}
         options = found.left_out.shape[1]
 

@@ -39,12 +39,14 @@ class Readings:
             among ``tokens``.
         target: [N], the right one.
         tokens: [K], the options' last tokens, or those of free answers; None for classes.
+        answer: [N], of free answers, the one that a token belongs to. CPU.
     """
 
     hidden: torch.Tensor
     scores: torch.Tensor
     target: torch.Tensor
     tokens: torch.Tensor | None
+    answer: torch.Tensor | None = None
 
     @property
     def is_free(self) -> bool:
@@ -56,7 +58,8 @@ def read(model: nn.Module, layer: nn.Module, batches: Sequence[Mapping[str, Any]
     """One forward pass over the batches.
 
     Raises:
-        ValueError: if their labels are neither classes nor such options, nor the token ids of a causal language model.
+        ValueError: if their labels are neither classes nor such options, nor the token ids of a causal language model, or if
+            the model does more to the layer's scores than to multiply them.
     """
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
@@ -67,11 +70,11 @@ def read(model: nn.Module, layer: nn.Module, batches: Sequence[Mapping[str, Any]
         for batch in batches:
             said, labels = logits(batch), batch.get("labels")
             if isinstance(labels, OptionLabels):
-                found.append(_of_options(seen[-1][0], said, labels))
+                found.append(_of_options(*seen[-1], said, labels))
             elif isinstance(labels, torch.Tensor) and labels.ndim == 1 and not labels.dtype.is_floating_point:
                 found.append(_of_classes(*seen[-1], said, labels))
             elif free and isinstance(labels, torch.Tensor) and labels.ndim == 2:
-                answers.append(_answers_of(seen[-1][0], said, labels, -(-_PLACES // len(batches)), len(answers)))
+                answers.append(_answers_of(*seen[-1], said, labels, -(-_PLACES // len(batches)), len(answers)))
             else:
                 raise ValueError(
                     "zo_head_samples needs labels that are classes, options of a prompt, or token ids of a causal language "
@@ -122,20 +125,48 @@ def common_options(labels: OptionLabels) -> _Common | None:
     return _Common(row[:, 0, 0], from_end[:, 0, -1], token[0, :, -1], token.shape[-1])
 
 
-def _of_options(hidden: torch.Tensor, logits: torch.Tensor, labels: OptionLabels) -> Readings:
+def _factor(output: torch.Tensor, logits: torch.Tensor) -> float:
+    """What the model multiplies its output layer's scores by, as Granite and Cohere do; 1 for most.
+
+    Raises:
+        ValueError: if it does something else to them, as Gemma 2, whose scores have a bound.
+    """
+    output, logits = output.float(), logits.float()
+    if torch.equal(output, logits):
+        return 1.0
+    factor = (output * logits).sum() / output.square().sum()
+    if not (logits - factor * output).abs().max() <= 0.01 * logits.abs().max():
+        raise ValueError(
+            "zo_head_samples fits an output layer whose scores are the model's logits, or a multiple of them, and here they "
+            "are not: a model with final_logit_softcapping, for example. Set it to 0."
+        )
+    return float(factor)
+
+
+def _of_options(hidden: torch.Tensor, output: torch.Tensor, logits: torch.Tensor, labels: OptionLabels) -> Readings:
     options = common_options(labels)
     if options is None:
         raise ValueError(_VARYING)
     place = options.row, logits.shape[1] - options.from_end
     inputs, scores = hidden[place].float(), logits[place][:, options.tokens].float()
+    inputs *= _factor(output[place][:, options.tokens], scores)
     return Readings(inputs / options.length, scores / options.length, labels["target"], options.tokens)
 
 
 def _of_classes(hidden: torch.Tensor, output: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> Readings:
+    if (labels < 0).any():
+        raise ValueError("zo_head_samples: some training rows have a label below 0, which is no class. Leave them out.")
     if output.ndim == 3:  # a score of every position, of which the model picked one
-        picked = (output == logits[:, None]).all(-1).float().argmax(-1)
-        hidden = hidden[torch.arange(len(labels), device=labels.device), picked]
-    return Readings(hidden.float(), logits.float(), labels, None)
+        same = (output == logits[:, None]).all(-1)
+        if same.all() or not same.any(-1).all():
+            raise ValueError(
+                "zo_head_samples: the scores do not tell which position the model reads, as those of a layer of zeros do not. "
+                "Draw its weights (torch.nn.init.normal_), or set it to 0."
+            )
+        hidden = hidden[torch.arange(len(labels), device=labels.device), same.float().argmax(-1)]
+        output = logits
+    factor = _factor(output, logits)
+    return Readings(hidden.to(torch.float32, copy=True) * factor, logits.float(), labels, None)  # no view of all positions
 
 
 class _Answers(NamedTuple):
@@ -144,21 +175,29 @@ class _Answers(NamedTuple):
     hidden: torch.Tensor  # [n, D]
     target: torch.Tensor  # [n]
     chosen: torch.Tensor  # [n], what the model thinks likeliest
+    answer: torch.Tensor  # [n], number of the batch and row
+    factor: float
 
 
-def _answers_of(hidden: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, most: int, key: int) -> _Answers:
-    """At most so many tokens of a batch, drawn by a key."""
+def _answers_of(
+    hidden: torch.Tensor, output: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, most: int, key: int
+) -> _Answers:
+    """At most so many tokens of a batch, drawn by its number."""
     width = labels.shape[1]  # there may be virtual tokens before
     place = (labels[:, 1:] >= 0).nonzero(as_tuple=True)
     drawn = torch.from_numpy(np.random.default_rng(key).permutation(len(place[0]))[:most]).to(labels.device)
     row, column = place[0][drawn], place[1][drawn]
-    return _Answers(hidden[:, -width:][row, column], labels[row, column + 1], logits[:, -width:][row, column].argmax(-1))
+    said = logits[:, -width:][row, column]
+    factor = _factor(output[:, -width:][row, column], said)
+    answer = (key << 32) + row.cpu()
+    return _Answers(hidden[:, -width:][row, column], labels[row, column + 1], said.argmax(-1), answer, factor)
 
 
 @torch.no_grad()
 def _of_answers(layer: nn.Module, answers: Sequence[_Answers]) -> Readings:
     assert isinstance(layer, LoraLayer)
-    hidden, target, chosen = (torch.cat(parts) for parts in zip(*answers, strict=True))
+    hidden, target, chosen, answer = (torch.cat(parts) for parts in list(zip(*answers, strict=True))[:4])
+    factor = answers[0].factor
     a, b = factors_of(layer)
     errors = torch.zeros(len(b), device=hidden.device)
     for tokens in (target, chosen):
@@ -168,8 +207,8 @@ def _of_answers(layer: nn.Module, answers: Sequence[_Answers]) -> Readings:
     others = torch.ones_like(errors, dtype=torch.bool).index_fill(0, tokens, False)
     scores = []
     for part in hidden.split(_CHUNK):  # all scores of all tokens would be gigabytes
-        x = layer(part).float()
+        x = layer(part).float() * factor
         scores.append(torch.cat([x[:, tokens], x[:, others].logsumexp(1, keepdim=True)], 1))
     number = torch.full_like(errors, len(tokens), dtype=torch.long)
     number[tokens] = torch.arange(len(tokens), device=tokens.device)
-    return Readings(hidden.float(), torch.cat(scores), number[target], tokens)
+    return Readings(hidden.float() * factor, torch.cat(scores), number[target], tokens, answer)

@@ -153,7 +153,7 @@ class ZOTrainerMixin(Measurement):
             )
 
     def _resolve_defaults(self) -> None:
-        lr, eps = recommended(self.args.zo_method, trained_kind(self.model), self.args.zo_head_samples > 0)
+        lr, eps = recommended(self.args.zo_method, trained_kind(self.model), bool(self.args.zo_head_samples))
         if self.args.learning_rate is None:
             self.args.learning_rate = lr
         if self.args.zo_eps is None:

@@ -66,7 +66,7 @@ class ZOTrainingArguments(TrainingArguments):
             Gradient estimator, a key of `hf_zo.estimators.METHODS`; or `"auto"`: ZO-Act, after the output layer and, for up to
             5 options, middle blocks are fitted (`zo_head_samples`, here 1,000 rows; `zo_fit_depth`) where that can be:
             for classifiers, prompts whose options differ in their last token alone, and (the output layer) rows whose
-            ``labels`` are token ids.
+            ``labels`` are token ids. Either can be turned off: `zo_head_samples=0`, `zo_fit_depth=False`.
         zo_eps (`float`, *optional*):
             Smoothing radius. Default: 1e-3 for full-parameter runs, 1e-2 for LoRA, 1e-1 for prefix and prompt tuning, the
             values of MeZO's published runs. Smaller is less biased and noisier; bf16 weights do not resolve 1e-4.
@@ -85,14 +85,14 @@ class ZOTrainingArguments(TrainingArguments):
             for lozo, whose factors are its own, nor for curvzo).
         zo_direction_rank (`int`, defaults to 16):
             Rank of factorised directions; 16 to 64 is usual. Clipped to a tensor's smaller dimension.
-        zo_head_samples (`int`, defaults to 0):
-            Training rows that the output layer is fitted to before the first step, from one forward pass over them; 0 for
-            none. For classifiers, for language models that choose among options that differ in their last token alone, and for
-            causal ones that answer freely, see `hf_zo.head`.
-        zo_fit_depth (`bool`, defaults to `False`):
+        zo_head_samples (`int`, *optional*):
+            Training rows that the output layer is fitted to before the first step, from one forward pass over them; 0, the
+            default but of `"auto"`, for none. For classifiers, for language models that choose among options that differ in
+            their last token alone, and for causal ones that answer freely, see `hf_zo.head`.
+        zo_fit_depth (`bool`, *optional*):
             After the output layer, fit one direction in every second block from a third to three quarters of the depth: for C
             options up to as many forward passes over the `zo_head_samples` rows for each of these blocks, see `hf_zo.depth`.
-            With `zo_act` only.
+            With `zo_act` only. Default: `False` but of `"auto"`.
         zo_per_example (`bool`, defaults to `False`):
             Displace every example of a batch along a direction of its own, for mezo and zo_act on adapters of linear layers.
             As many forward passes, and up to as many times less variance as the batch has examples. No weight is written,
@@ -171,8 +171,14 @@ class ZOTrainingArguments(TrainingArguments):
     zo_num_directions: int | None = field(default=None, metadata={"help": "Directions per step. Default: the method's."})
     zo_direction: Entries = field(default="gaussian", metadata={"help": "'gaussian', 'rademacher' or 'factorised'."})
     zo_direction_rank: int = field(default=16, metadata={"help": "Rank of factorised directions."})
-    zo_head_samples: int = field(default=0, metadata={"help": "Training rows that the output layer is fitted to first."})
-    zo_fit_depth: bool = field(default=False, metadata={"help": "After the output layer, fit a direction in middle blocks."})
+    zo_head_samples: int | None = field(
+        default=None,
+        metadata={"help": "Training rows that the output layer is fitted to first. Default: 0; auto: 1000 if it can."},
+    )
+    zo_fit_depth: bool | None = field(
+        default=None,
+        metadata={"help": "After the output layer, fit a direction in middle blocks. Default: no; auto: if it can."},
+    )
     zo_per_example: bool = field(default=False, metadata={"help": "A direction of its own for every example of a batch."})
     zo_seed: int | None = field(default=None, metadata={"help": "Key of all directions. Default: seed."})
     zo_clip: float | None = field(default=None, metadata={"help": "Bound on the absolute projected gradient."})
@@ -226,6 +232,8 @@ class ZOTrainingArguments(TrainingArguments):
         self.zo_auto = self.zo_method == "auto"  # the trainer decides on the fits
         if self.zo_auto:
             self.zo_method = "zo_act"
+        else:
+            self.zo_head_samples, self.zo_fit_depth = self.zo_head_samples or 0, bool(self.zo_fit_depth)
         if self.optim is None:
             self.optim = "adamw_torch" if self.zo_method == "zo_act" else "sgd"
         self._check_domains()
@@ -273,7 +281,7 @@ class ZOTrainingArguments(TrainingArguments):
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate} must be a finite number, not negative.")
         for name, least in (("zo_act_rank", 1), ("zo_act_samples", 1), ("zo_head_samples", 0)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.zo_act_basis == "random" and (self.zo_act_samples != 64 or self.zo_act_exclude_first_token):
             raise ValueError(

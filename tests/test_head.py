@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers import (
     AlbertForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     ViTConfig,
@@ -31,7 +34,7 @@ from hf_zo import Trajectory, TrajectoryError, ZOTrainer, ZOTrainingArguments, c
 from hf_zo.adapters import attach
 from hf_zo.anatomy import factors_of
 from hf_zo.depth import DepthError
-from hf_zo.head import RIDGES, fit_head, fitted, output_layer, read
+from hf_zo.head import RIDGES, fit_head, fittable, fitted, output_layer, read
 from hf_zo.hub.model_card import facts_of
 from hf_zo.tasks import OptionCollator, OptionLabels, option_loss
 from hf_zo.tasks.scoring import option_scores
@@ -126,7 +129,8 @@ def test_the_weights_are_the_minimum_of_the_penalised_loss(bias: bool) -> None:
     scale = hidden.pow(2).mean().sqrt()
     w = torch.cat([weights[:, :6] * scale, weights[:, 6:]], 1).requires_grad_()
     x = torch.cat([hidden / scale, torch.ones(200, int(bias), dtype=torch.float64)], 1)
-    loss = cross_entropy(offset + x @ w.T, target) + facts["ridge"] / 2 * w.pow(2).sum()
+    penalty = w[:, :6].pow(2).sum() + w[:, 6:].pow(2).sum() / 100
+    loss = cross_entropy(offset + x @ w.T, target) + facts["ridge"] / 2 * penalty
     (gradient,) = torch.autograd.grad(loss, w)
     assert gradient.abs().max() < 1e-5
     assert facts["ridge"] == min(RIDGES)  # the labels are a linear map's: nothing speaks for shrinking
@@ -137,6 +141,35 @@ def test_labels_of_chance_are_answered_by_the_strongest_ridge() -> None:
     g = torch.Generator().manual_seed(0)
     _, facts, _ = fitted(torch.randn(100, 30, generator=g), torch.zeros(100, 2), torch.randint(2, (100,), generator=g))
     assert facts["ridge"] == max(RIDGES)
+
+
+def test_a_rare_class_is_predicted_by_its_share() -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, target = torch.randn(1000, 8, generator=g), (torch.arange(1000) % 33 == 0).long()
+    weights, facts, _ = fitted(hidden, torch.zeros(1000, 2), target, bias=True)
+    share = float(target.double().mean())
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    assert facts["loss_after"] < entropy + 0.005
+    assert float(weights[1, 8] - weights[0, 8]) == pytest.approx(math.log(share / (1 - share)), abs=0.2)
+
+
+def test_rows_of_a_group_are_left_out_together() -> None:
+    """Tokens of an answer are told by its hidden states: left out one by one, the others of it give them away."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(60, 64, generator=g).repeat_interleave(10, 0) + 0.01 * torch.randn(600, 64, generator=g)
+    target = torch.randint(0, 4, (60,), generator=g).repeat_interleave(10)
+    one_by_one, together = (
+        fitted(hidden, torch.zeros(600, 4), target, group=group)[1]["loss_after"]
+        for group in (None, torch.arange(60).repeat_interleave(10))
+    )
+    assert one_by_one < 0.5
+    assert together > 1.2  # chance is ln 4
+
+
+def test_states_of_nothing_but_zeros_leave_the_weights_finite() -> None:
+    weights, facts, _ = fitted(torch.zeros(20, 3), torch.zeros(20, 2), torch.arange(20) % 2)
+    assert weights.isfinite().all()
+    assert facts["loss_after"] == pytest.approx(math.log(2))
 
 
 def test_hidden_states_that_are_not_finite_are_named() -> None:
@@ -234,6 +267,62 @@ def test_a_classifier_gets_the_fit_as_its_weights(family: str) -> None:
     torch.testing.assert_close(layer.weight, nn.Parameter(weights[:, :16].float()))
     if family == "bert":
         torch.testing.assert_close(layer.bias, nn.Parameter(weights[:, 16].float()))
+
+
+def test_a_layer_whose_scores_the_model_divides_gets_the_fit_of_what_comes_out() -> None:
+    """As Granite and Cohere do: changes of the layer's weights arrive smaller."""
+    for data, tells in ((batches(), 3), (answered_batches(), 9)):
+        model = attach(tiny_llama(), 4, with_head=True)
+        logits = logits_of(model)
+
+        def divided(batch: Any, logits: Any = logits) -> torch.Tensor:
+            return logits(batch) / 8
+
+        plain, seen = (read(model, output_layer(model), data, said) for said in (logits, divided))
+        torch.testing.assert_close(seen.hidden, plain.hidden / 8)
+        assert seen.scores.shape[1] == tells
+        weights, _, _ = fitted(seen.hidden, seen.scores, seen.target, group=seen.answer)
+        expected = cross_entropy(seen.scores + seen.hidden @ weights.T.float(), seen.target)
+        fit_head(model, data, divided)
+        if tells == 3:
+            after = torch.cat([option_scores(divided(batch), batch["labels"])[:, :3] for batch in data])
+            torch.testing.assert_close(cross_entropy(after, seen.target), expected)
+        else:
+            factors = factors_of(output_layer(model))  # type: ignore[arg-type]
+            torch.testing.assert_close((factors[1] @ factors[0])[seen.tokens], (weights[:-1] - weights[-1]).float())
+
+
+@pytest.mark.parametrize("free", [False, True], ids=["options", "free"])
+def test_scores_with_a_bound_are_named(free: bool) -> None:
+    model = attach(tiny_llama(), 4, with_head=True)
+    logits = logits_of(model)
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        fit_head(model, answered_batches() if free else batches(), lambda batch: torch.tanh(logits(batch) * 9))
+
+
+def test_labels_that_are_no_classes_are_named() -> None:
+    data = [{**batch, "labels": batch["labels"]["target"] - 100} for batch in batches()]
+    model = classifier("bert")
+    with pytest.raises(ValueError, match="a label below 0, which is no class"):
+        fit_head(model, data, logits_of(model))
+
+
+def test_a_layer_of_zeros_at_every_position_is_named() -> None:
+    data = [{**batch, "labels": batch["labels"]["target"]} for batch in batches()]
+    model = classifier("llama")
+    nn.init.zeros_(output_layer(model).weight)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="do not tell which position the model reads"):
+        fit_head(model, data, logits_of(model))
+
+
+def test_a_layer_with_one_score_is_none_of_a_classifier() -> None:
+    sizes = {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 64}
+    stars = DistilBertForSequenceClassification(
+        DistilBertConfig(**sizes, num_labels=1)
+    )  # a linear layer stands before the last
+    assert fittable(stars, None, [{"label": i % 5} for i in range(20)]) is None
+    with pytest.raises(ValueError, match="for two classes at least"):
+        output_layer(stars)
 
 
 def test_a_language_model_that_generalises_worse_stays_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
@@ -340,7 +429,7 @@ def test_free_answers_get_the_minimum_of_their_penalised_loss() -> None:
     order = [seen.hidden.sub(h).abs().sum(1).argmin() for h in torch.cat(states)]  # tokens of a batch are drawn
     torch.testing.assert_close(seen.scores[order], torch.cat(scores))
     assert torch.equal(seen.target[order], numbers)
-    weights, _, _ = fitted(seen.hidden, seen.scores, seen.target)
+    weights, _, _ = fitted(seen.hidden, seen.scores, seen.target, group=seen.answer)
     fit_head(model, data, logits)
     layer: Any = output_layer(model)
     a, b = factors_of(layer)
@@ -673,6 +762,52 @@ def test_auto_fits_under_a_loss_of_ones_own(tmp_path: Path) -> None:
     run = classifying(tmp_path, 3, per_device_train_batch_size=4, kind=Weighted)
     run.train()
     assert run.args.zo_fit_depth
+
+
+class Own(ZOTrainer):
+    """A loss of one's own over options."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        assert set(inputs) <= {"input_ids", "attention_mask", "position_ids", "labels"}
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = option_loss(outputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_auto_leaves_out_middle_blocks_under_a_loss_of_ones_own_over_options(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pad: Any = OptionCollator(Pad())  # type: ignore[arg-type]
+    run = automatic(tmp_path, Encoded(), pad, kind=Own, remove_unused_columns=False, per_device_train_batch_size=4)
+    run.train()
+    assert (run.args.zo_head_samples, run.args.zo_fit_depth) == (1000, False)
+    assert "which a compute_loss of your own hides" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"), [({"zo_fit_depth": False}, (1000, False)), ({"zo_head_samples": 0}, (0, False))], ids=["depth", "head"]
+)
+def test_auto_leaves_out_what_is_turned_off(asked: dict[str, Any], made: tuple[int, bool], tmp_path: Path) -> None:
+    run = classifying(tmp_path, 3, per_device_train_batch_size=4, **asked)
+    assert (run.args.zo_head_samples, run.args.zo_fit_depth) == made
+
+
+def test_a_resumed_run_knows_what_its_fits_came_to(tmp_path: Path) -> None:
+    more = {"per_device_train_batch_size": 24, "save_strategy": "steps", "save_steps": 1}
+    whole = classifying(tmp_path / "a", 3, **more)
+    whole.train()
+    resumed = classifying(tmp_path / "b", 3, **more)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    assert not whole.args.zo_fit_depth
+    assert resumed.args.zo_fit_depth == whole.args.zo_fit_depth
+    told, expected = (facts_of(run)["settings"]["output layer"] for run in (resumed, whole))
+    assert told == expected
+
+
+def test_a_row_without_an_answer_does_not_stop_the_fit(tmp_path: Path) -> None:
+    rows = [*Answered(), {"input_ids": torch.tensor([3, 4, 5]), "labels": torch.full((3,), -100)}]
+    assert automatic(tmp_path, rows, collate).args.zo_head_samples == 1000
 
 
 def test_auto_names_an_adapter_of_ones_own(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ _RUN_STATE = (
     "optimizer.pt",
     "scheduler.pt",
     "rng_state*.pth",
-    "packing_*.json",
+    "start_*.json",
     "trainer_state.json",
     "training_args.bin",
     LOG_NAME,

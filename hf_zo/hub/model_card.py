@@ -96,7 +96,7 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
     if args.zo_direction != "factorised":
         del settings["direction_rank"]  # nothing was made of it
     if args.zo_head_samples:
-        settings |= trainer._fits if trainer._fits is not None else {"output layer": "fitted before the first step"}
+        settings |= trainer._fits or {}
     if args.zo_runtime != "torch":
         settings["runtime"] = args.zo_runtime
     kept = trainer._kept
