@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--dataset_dir", type=Path, help="holds sst2/train.jsonl[.gz]; default: the Hub")
     parser.add_argument("--steps", type=int, default=100, help="first-order steps, a third of them before the second point")
     parser.add_argument("--eps", type=float, default=1e-2, help="smoothing radius, the recommended one")
-    arguments = parser.parse_args()
+    arguments, where = parser.parse_args(), environment()
     torch.set_num_threads(1)
     sets: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -173,7 +173,7 @@ def main() -> None:
             print(name, json.dumps({k: v for k, v in told.items() if k != "losses"}, indent=1), flush=True)
     result = {
         "command": f"python benchmarks/gap.py --steps {arguments.steps}",
-        **environment(),
+        **where,
         "eps": arguments.eps,
         "sets": sets,
     }

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scratch", default="runs/memory")
     parser.add_argument("--role", choices=("inference", "training"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments, where = parser.parse_args(), environment()
     if arguments.role:
         print(json.dumps({"peak": _measure(arguments.role, arguments.model, arguments.steps, arguments.scratch)}))
         return
@@ -84,7 +84,7 @@ def main() -> None:
         "peak_megabytes": peaks,
         "median_megabytes": median,
         "ratio": median["training"] / median["inference"],
-        "environment": environment(),
+        "environment": where,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -16,13 +16,14 @@ from pathlib import Path
 from hardware import environment
 
 HERE = Path(__file__).parent
+_TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 
 
 def main() -> None:
     """Run, collect, write."""
     if "--" not in sys.argv:
         sys.exit(__doc__)
-    split = sys.argv.index("--")
+    split, where = sys.argv.index("--"), environment()
     options, command = sys.argv[1:split], sys.argv[split + 1 :]
     name = options[0]
     output_dir = Path(command[command.index("--output_dir") + 1])
@@ -37,14 +38,14 @@ def main() -> None:
         "command": "python " + " ".join(shown),
         "final": json.loads((output_dir / "eval_results.json").read_text()),
         "evaluations": [
-            {key: entry[key] for key in ("step", "eval_loss", "eval_accuracy", "eval_f1", "eval_exact_match") if key in entry}
+            {key: value for key, value in entry.items() if key == "step" or (key.startswith("eval_") and key not in _TIMES)}
             for entry in state["log_history"]
             if "eval_loss" in entry
         ],
         "losses": [[entry["step"], round(entry["loss"], 4)] for entry in state["log_history"] if "loss" in entry],
         "forward_passes": last["zo/forward_passes"],
         "train_seconds": training["train_runtime"],
-        "environment": environment(),
+        "environment": where,
     }
     file = HERE / "results" / f"{name}.json"
     file.parent.mkdir(exist_ok=True)

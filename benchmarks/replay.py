@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "replay.json")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    arguments = parser.parse_args()
+    arguments, where = parser.parse_args(), environment()
 
     def model() -> torch.nn.Module:
         loaded = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
@@ -85,7 +85,7 @@ def main() -> None:
         "header_bytes": header,
         "bytes_per_step": (len(raw) - 8 - block) / arguments.steps,
         "checkpoint_bytes": sizes,
-        "environment": environment(),
+        "environment": where,
     }
     arguments.output.write_text(json.dumps(numbers, indent=1) + "\n")
     print(json.dumps(numbers, indent=1))

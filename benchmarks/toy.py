@@ -188,7 +188,8 @@ def main() -> None:
     """Run all arms, write the results and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of toy.json and toy.png")
-    folder = parser.parse_args().output
+    folder, where = parser.parse_args().output, environment()
+    folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     begin = time.time()
     results: dict[str, Any] = {}
@@ -208,7 +209,7 @@ def main() -> None:
         "grid": [float(f"{rate:.3e}") for rate in RATES],
         "seconds": round(time.time() - begin),
         "results": results,
-        "environment": environment(),
+        "environment": where,
     }
     (folder / "toy.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(results, folder / "toy.png")

@@ -55,7 +55,7 @@ def run(role: str, model_dir: Path, output_dir: Path, max_steps: int) -> dict[st
 def main() -> None:
     """Write the model, run inference and training in processes of their own, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--max-steps", type=int, default=120)
     parser.add_argument("--role", choices=("inference", "train"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "hf_zo.cli", "demo-model", str(model_dir)], check=True)
     for role in results:
         console.print("Accuracy before training ..." if role == "inference" else "Training, forward passes only ...")
-        command = [sys.executable, __file__, "--role", role, "--output-dir", str(arguments.output_dir)]
+        command = [sys.executable, __file__, "--role", role, "--output_dir", str(arguments.output_dir)]
         subprocess.run([*command, "--max-steps", str(arguments.max_steps)], check=True)
     before, after = (json.loads(file.read_text()) for file in results.values())
     history = json.loads((arguments.output_dir / "train" / "trainer_state.json").read_text())["log_history"]

@@ -45,7 +45,7 @@ def main(model: str) -> tuple[float, float]:
     before = trainer.evaluate()["eval_accuracy"]
     trainer.train()
     after = trainer.evaluate()["eval_accuracy"]
-    trainer.save_model()  # an ordinary PEFT adapter, and the trajectory that rebuilds it
+    trainer.save_model()  # an ordinary PEFT adapter, and the trajectory of its training
     print(f"accuracy on {len(validation)} rows: {before:.1%} before, {after:.1%} after")
     return before, after
 

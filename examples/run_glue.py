@@ -1,7 +1,7 @@
 """Fine-tune a model on a GLUE task with forward passes only (sst2, cola, mrpc, qqp, mnli, qnli, rte) or SST-5.
 
-    python examples/run_glue.py --model_name_or_path MODEL --task_name sst2 --peft lora --do_train --do_eval \\
-        --max_train_samples 1000 --max_steps 1000 --per_device_train_batch_size 16 --output_dir runs/sst2
+    python examples/run_glue.py --model_name_or_path MODEL --task_name sst2 --do_train --do_eval --peft lora \\
+        --learning_rate 3e-3 --max_train_samples 1000 --max_steps 250 --per_device_train_batch_size 16 --output_dir runs/sst2
 
 Takes the flags of the Trainer's own examples and every field of ZOTrainingArguments; `--dataset_dir` reads local JSON lines
 instead of the Hub. Writes all_results.json, train_results.json, eval_results.json and the model to the output folder.

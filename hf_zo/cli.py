@@ -84,7 +84,10 @@ def replay_to(base: str, file: Path, output: Path, until: int | None, approximat
             adapter = adapter or (file if file.is_dir() else file.parent)
             if not (adapter / "adapter_config.json").is_file():
                 raise UsageError(f"a zo_act run needs its adapter, which holds the basis; {adapter} has none, see --adapter.")
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            try:
+                model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            except (RuntimeError, ValueError) as error:  # other shapes, other layers
+                raise UsageError(f"the adapter in {adapter} does not fit the base model {base!r}: {error}") from error
         else:
             model = get_peft_model(model, get_peft_config(header["adapter"]), header.get("adapter_name") or "default")
         dtypes = {name: getattr(torch, dtype) for name, _, dtype, _ in header["tensors"]}
@@ -148,8 +151,10 @@ def push(folder: Path, repo_id: str, private: bool) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder.")
     if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
-        raise UsageError(f"{folder} holds neither weights nor an adapter nor a trajectory.")
+        raise UsageError(f"{folder} holds neither weights nor an adapter nor a sealed trajectory (trajectory.safetensors).")
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -230,7 +235,7 @@ def show_trajectory(file: Path, plot: Path | None) -> None:
         "trained", f"{count:,} numbers in {len(header['tensors'])} tensors" + (", adapter" if header["adapter"] else "")
     )
     skipped = sum(step.skipped for step in steps)
-    table.add_row("steps", f"{len(steps)}, {forward_passes(trajectory)} forward passes, {skipped} skipped")
+    table.add_row("steps", f"{len(steps)}, {forward_passes(trajectory)} forward passes in them, {skipped} skipped")
     for name, values in (("loss", losses), ("projected gradient", gradients), ("learning rate", rates)):
         if values:
             table.add_row(name, f"{values[0]:.4g} to {values[-1]:.4g}  {sparkline(values)}")
@@ -262,7 +267,13 @@ def diff_trajectories(a: Path, b: Path) -> int:
     first, second = _read(a, torn=True), _read(b, torn=True)
     for key in sorted(first.header.keys() | second.header.keys()):
         if key not in ("steps", "final_hash") and first.header.get(key) != second.header.get(key):
-            print(f"header: {key} differs")
+            mine, theirs = first.header.get(key), second.header.get(key)
+            if isinstance(mine, dict) and isinstance(theirs, dict):
+                names = sorted(mine.keys() | theirs.keys())
+                told = [f"{n}: {mine.get(n)} and {theirs.get(n)}" for n in names if mine.get(n) != theirs.get(n)]
+                print(f"header: {key} differs ({', '.join(told)})")
+            else:
+                print(f"header: {key} differs")
     for number, (x, y) in enumerate(zip(first.steps, second.steps, strict=False)):
         if x != y:
             for what, mine, theirs in (("losses", x.losses, y.losses), ("learning rates", x.learning_rates, y.learning_rates)):
@@ -293,6 +304,7 @@ def methods_table() -> Table:
             "use": method.use,
         }
         table.add_row(f"{name}\n{method.paper}", "\n".join(f"[bold]{key}:[/] {value}" for key, value in facts.items() if value))
+    table.caption = "zo_method=auto: zo_act, after fits of what can be fitted; where to begin for classes and options"
     return table
 
 
@@ -301,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo-model", help="write the packaged 135M language model to a folder")
-    demo.add_argument("folder", type=Path)
+    demo.add_argument("folder", type=Path, help="folder to write to")
     commands.add_parser("methods", help="list the methods")
     again = commands.add_parser("replay", help="rebuild fine-tuned weights from base model and trajectory")
     again.add_argument("base", help="base model of the run: a folder or a Hub id")
@@ -311,11 +323,11 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--approximate", action="store_true", help="allow another kind of device, which rounds differently")
     again.add_argument("--adapter", type=Path, help="folder with a zo_act run's adapter; default: beside the trajectory")
     write = commands.add_parser("card", help="write the model card of a finished run again")
-    write.add_argument("run_dir", type=Path)
+    write.add_argument("run_dir", type=Path, help="output folder of the run")
     upload = commands.add_parser("push", help="upload a finished run to the Hub")
-    upload.add_argument("run_dir", type=Path)
-    upload.add_argument("repo_id")
-    upload.add_argument("--private", action="store_true")
+    upload.add_argument("run_dir", type=Path, help="output folder of the run")
+    upload.add_argument("repo_id", help="user/name on the Hub; made if it is not there")
+    upload.add_argument("--private", action="store_true", help="make it private, or refuse one that is public")
     server = commands.add_parser("vllm-serve", help="measure losses for a trainer in another process (zo_server)")
     server.add_argument("model", help="base model: a folder or a Hub id")
     server.add_argument("--peft", metavar="DIR", help="adapter to train on; default: what the trainer describes")

@@ -166,7 +166,9 @@ class Measurement(Preparation):
             return self._model_loss(model, inputs, num_items)
         with self.compute_loss_context_manager(), fp32_losses(self.model, self._losses_seen):
             value: Any = self._objective_fn(model, inputs) if self._objective_fn else score(self, model, inputs)  # type: ignore[misc]
-        return torch.as_tensor(value, dtype=torch.float32, device=self.args.device)
+        if not isinstance(value, torch.Tensor | float | int) or (isinstance(value, torch.Tensor) and value.numel() != 1):
+            raise TypeError(f"objective_fn must return one number, the mean over the batch, and returned {value!r:.100}.")
+        return torch.as_tensor(value, dtype=torch.float32, device=self.args.device).view(())
 
     def _model_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> torch.Tensor:
         with self.compute_loss_context_manager(), fp32_losses(self.model, self._losses_seen):

@@ -156,6 +156,7 @@ class ZOTrainerMixin(Measurement):
         lr, eps = recommended(self.args.zo_method, trained_kind(self.model), bool(self.args.zo_head_samples))
         if self.args.learning_rate is None:
             self.args.learning_rate = lr
+            self._warn_of_default_rate(lr)
         if self.args.zo_eps is None:
             self.args.zo_eps = eps
         logger.info(
@@ -165,6 +166,20 @@ class ZOTrainerMixin(Measurement):
             self.args.zo_eps,
             self.args.direction_seed,
         )
+
+    def _warn_of_default_rate(self, rate: float) -> None:
+        """Say so where the default rate is not meant for use as it is."""
+        usual = "adamw_torch" if self.args.zo_method == "zo_act" else "sgd"
+        if self.args.optim != usual:
+            logger.warning(
+                "learning_rate is %g by default, which is for optim=%r, and optim is %r: set it.", rate, usual, self.args.optim
+            )
+        elif self.args.zo_method != "zo_act":
+            logger.warning(
+                "learning_rate is %g by default, the published one for models of billions of parameters. Small models want "
+                "10 to 30 times as much (README, Which rate?).",
+                rate,
+            )
 
     def create_accelerator_and_postprocess(self) -> None:
         """Prepare models as for evaluation: no DistributedDataParallel, whose gradient buckets would double the memory."""
@@ -252,8 +267,14 @@ class ZOTrainerMixin(Measurement):
     # ---- the step --------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; a new window begins, also after a retry that gave up the last one."""
+        """The Trainer's; a new window begins, also after a retry that gave up the last one.
+
+        A run that resumes from its last checkpoint has no step left, which the Trainer looks at after the next one.
+        """
         self._window = []
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(
@@ -349,7 +370,8 @@ class ZOTrainerMixin(Measurement):
                 raise NonFiniteLossError(
                     f"The loss at probe {i + 1} of {len(losses)} is {loss} (step {self.state.global_step}, "
                     f"learning_rate={self.args.learning_rate}, zo_eps={self.args.zo_eps}). The weights are restored. Lower the "
-                    "learning rate or set zo_clip if the loss was growing; look at the batch if it came suddenly; or set "
+                    "learning rate or set zo_clip if the loss was growing; look at the batch if it came suddenly (one "
+                    "without any label has no loss); or set "
                     "zo_nonfinite='skip'."
                 )
         return losses

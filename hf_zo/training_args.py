@@ -57,6 +57,13 @@ def recommended(method: str, trained: Trained, after_head: bool = False) -> tupl
     return learning_rate * (AFTER_HEAD.get(method, 1.0) if after_head else 1.0), eps
 
 
+def _number(name: str, told: str) -> float:
+    try:
+        return float(told)
+    except ValueError:
+        raise ValueError(f"{name}={told!r} is no number.") from None
+
+
 @dataclass
 class ZOTrainingArguments(TrainingArguments):
     """Arguments of `ZOTrainer`; everything `TrainingArguments` has, with these additions and changed defaults.
@@ -230,6 +237,11 @@ class ZOTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.zo_auto = self.zo_method == "auto"  # the trainer decides on the fits
+        if not self.zo_auto and self.zo_method not in METHODS:
+            raise ValueError(f"zo_method={self.zo_method!r} does not exist; choose one of auto, {', '.join(METHODS)}.")
+        for name in ("learning_rate", "zo_eps", "zo_clip"):
+            if isinstance(getattr(self, name), str):  # YAML reads 1e-4 as a text
+                setattr(self, name, _number(name, getattr(self, name)))
         if self.zo_auto:
             self.zo_method = "zo_act"
         else:

@@ -764,6 +764,13 @@ def test_auto_fits_under_a_loss_of_ones_own(tmp_path: Path) -> None:
     assert run.args.zo_fit_depth
 
 
+def test_a_fit_by_another_loss_than_that_of_the_steps_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for more in ({"kind": Weighted}, {"label_smoothing_factor": 0.1}, {}):
+        caplog.clear()
+        classifying(tmp_path, 3, per_device_train_batch_size=4, **more).create_optimizer()
+        assert ("the loss that you have set acts on the steps alone" in caplog.text) == bool(more)
+
+
 class Own(ZOTrainer):
     """A loss of one's own over options."""
 

@@ -250,6 +250,14 @@ def test_a_function_of_ones_own(bpe, trainer_of):
     assert first == pytest.approx(float(weights.pow(2).mean()) + 0.25, abs=0.02)
 
 
+@pytest.mark.parametrize("value", [None, torch.zeros(3)])
+def test_a_function_that_returns_no_number_is_named(value, bpe, trainer_of):
+    encoded, collator, _ = squad_batch(bpe)
+    trainer = trainer_of(tiny("llama", bpe), encoded, collator, objective_fn=lambda model, inputs: value)
+    with pytest.raises(TypeError, match="objective_fn must return one number"):
+        trainer.train()
+
+
 def test_an_objective_of_another_name_gets_batches_as_they_came(bpe, trainer_of, monkeypatch):
     model, seen = tiny("llama", bpe), []
 

@@ -420,6 +420,37 @@ def test_resuming_a_first_order_run_is_refused(tmp_path: Path) -> None:
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_a_run_that_resumes_from_its_end_takes_no_further_step(tmp_path: Path) -> None:
+    """In the middle of an epoch, where the Trainer would take one more before it looks."""
+    more = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    whole = trainer_of(tmp_path, "mezo", **more)
+    whole.train()
+    assert whole.state.epoch % 1
+    again = trainer_of(tmp_path, "mezo", **more)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.state.global_step == 3
+    assert_same_weights(weights_of(whole.model), weights_of(again.model))
+
+
+@pytest.mark.parametrize(
+    ("case", "settings", "said"),
+    [
+        ("mezo", {}, "published one for models of billions"),
+        ("mezo", {"optim": "adamw_torch"}, "which is for optim='sgd'"),
+        ("zo_act", {"optim": "sgd"}, "which is for optim='adamw_torch'"),
+        ("zo_act", {}, ""),
+        ("mezo", {"learning_rate": 1e-3}, ""),
+    ],
+)
+def test_a_default_rate_that_is_not_for_use_is_told(
+    case: str, settings: dict[str, Any], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer_of(tmp_path, case, **{"learning_rate": None, **settings})
+    told = [record.message for record in caplog.records if "by default" in record.message]
+    assert len(told) == bool(said)
+    assert said in "".join(told)
+
+
 def test_resuming_from_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no complete checkpoint"):
         trainer_of(tmp_path).train(resume_from_checkpoint=True)

@@ -85,6 +85,8 @@ NAN = float("nan")
         ({"zo_seed": 2**63}, "zo_seed", "64 bits"),
         ({"learning_rate": float("inf")}, "learning_rate", "finite"),
         ({"learning_rate": -1e-6}, "learning_rate", "negative"),
+        ({"zo_clip": "much"}, "zo_clip", "is no number"),
+        ({"zo_method": "mzo"}, "zo_method", "choose one of auto, mezo"),
         ({"learning_rate": NAN}, "learning_rate", "negative"),
     ],
 )
@@ -135,6 +137,11 @@ def test_checkpointing_is_turned_off_with_a_warning(make, setting):
     with pytest.warns(UserWarning, match=rf"{setting}.*turned off"):
         args = make(**{setting: True})
     assert getattr(args, setting) is False
+
+
+def test_numbers_that_yaml_reads_as_texts(make):
+    arguments = make(learning_rate="1e-4", zo_eps="1e-3", zo_clip="1e0")
+    assert (arguments.learning_rate, arguments.zo_eps, arguments.zo_clip) == (1e-4, 1e-3, 1.0)
 
 
 def test_defaults(make):

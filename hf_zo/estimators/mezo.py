@@ -45,7 +45,7 @@ class MeZO(Estimator):
     perturbs = "all entries, dense"
     cost = "2n (n=1)"
     memory = "none"
-    use = "the baseline; start here, with prompts and many small steps"
+    use = "the baseline; free answers, on LoRA; with prompts and many small steps"
 
     def __init__(self, *args: Any, num_directions: int = 1, per_example: bool = False, **common: Any) -> None:
         super().__init__(*args, **common)

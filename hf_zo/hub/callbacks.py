@@ -216,9 +216,7 @@ class PushToHubCallback(ZOTrainerCallback):
                 return do()
             except (HfHubHTTPError, HTTPError, OSError) as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
-                later = (
-                    f"Nothing is lost: the run is in {output_dir}, push it later with `hf-zo push {output_dir} {self.repo_id}`."
-                )
+                later = f"What has been run is in {output_dir}; push it later with `hf-zo push {output_dir} {self.repo_id}`."
                 if status in (401, 403):
                     raise PushError(
                         f"Pushing to {self.repo_id} is not allowed (HTTP {status}): log in with `hf auth login`, or give a "

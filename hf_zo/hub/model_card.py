@@ -106,6 +106,7 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
     evaluated = next((e for e in reversed(history) if "eval_loss" in e and kept in (None, e["step"])), {})
     return {
         "method": method,
+        "perturbs": METHODS[method].perturbs,
         "base": getattr(base.config, "_name_or_path", "") or "",
         "num_labels": label_number(base),
         "task_type": _TASK_TYPES.get(type(base).__name__.rpartition("For")[2], "text-generation"),
@@ -130,7 +131,7 @@ def facts_of(trainer: ZOTrainerMixin, about: Mapping[str, Any] | None = None) ->
             for key, value in evaluated.items()
             if key.startswith("eval_") and not key.endswith(_NOT_METRICS) and isinstance(value, int | float)
         },
-        "eval_samples": evaluated.get("eval_samples"),
+        "eval_samples": _rows_of(trainer.eval_dataset) if evaluated else None,
         "versions": {"hf_zo": __version__, **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}},
         **(about or {}),
     }
@@ -145,6 +146,11 @@ _TASK_TYPES = {
     "ImageClassification": "image-classification",
     "AudioClassification": "audio-classification",
 }
+
+
+def _rows_of(data: Any) -> int | None:
+    """How many rows a data set has; None if it does not know, or there are several sets."""
+    return len(data) if hasattr(data, "__len__") and not isinstance(data, Mapping) else None
 
 
 def _basis_settings(trainer: ZOTrainerMixin) -> dict[str, Any]:
@@ -179,7 +185,8 @@ def write_card(facts: Mapping[str, Any], folder: str | Path) -> ModelCard:
 
 def render(facts: Mapping[str, Any], figure: str | None, trajectory: str | None) -> ModelCard:
     """The card as an object; `write_card` saves it."""
-    title, paper, arxiv, year = _BIBTEX[facts["method"]]
+    published = _BIBTEX.get(facts["method"])
+    perturbs = facts.get("perturbs") or METHODS[facts["method"]].perturbs
     name = facts.get("model_name") or f"{Path(facts['base']).name or 'model'}-{facts['method'].replace('_', '-')}"
     on_hub = bool(facts["base"]) and not Path(facts["base"]).exists()
     shown = f"`{_shown(facts['base'])}`" if facts["base"] else f"A {facts['model_class']}"
@@ -206,10 +213,10 @@ def render(facts: Mapping[str, Any], figure: str | None, trajectory: str | None)
         base_link=f"[{facts['base']}](https://huggingface.co/{facts['base']})" if on_hub else shown,
         dataset=facts.get("dataset_name") or facts.get("dataset"),
         method={
-            "title": title,
-            "arxiv": arxiv,
-            "perturbs": METHODS[facts["method"]].perturbs,
-            "bibtex": _bibtex(facts["method"], paper, arxiv, year),
+            "title": published[0] if published else facts["method"],
+            "arxiv": published[2] if published else None,
+            "perturbs": perturbs,
+            "bibtex": _bibtex(facts["method"], *published[1:]) if published else None,
         },
         trained=trained,
         results=results,

@@ -25,6 +25,7 @@ from transformers import (
     TorchAoConfig,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters import draw_adapter, start_prefix
 from ..anatomy import virtual_tokens
@@ -102,6 +103,8 @@ def load_model(arguments: ModelArguments, task: Task, seed: int = 0) -> tuple[nn
         "mlm": AutoModelForMaskedLM,
         "classification": AutoModelForSequenceClassification,
     }
+    if arguments.peft not in ("none", "lora", "prefix"):
+        raise ValueError(f"peft={arguments.peft!r} does not exist; choose 'lora', 'prefix' or 'none'.")
     if arguments.head not in classes:
         raise ValueError(f"head={arguments.head!r} does not exist; choose one of {', '.join(classes)}.")
     dtype = _dtype_of(arguments)
@@ -136,10 +139,8 @@ def load_model(arguments: ModelArguments, task: Task, seed: int = 0) -> tuple[nn
             task_type=task_type,
         )
         return draw_adapter(get_peft_model(model, config), seed), tokenizer
-    if arguments.peft == "prefix":
-        prefix = PrefixTuningConfig(num_virtual_tokens=arguments.num_virtual_tokens, task_type=task_type)
-        return start_prefix(get_peft_model(model, prefix), seed), tokenizer
-    raise ValueError(f"peft={arguments.peft!r} does not exist; choose 'lora', 'prefix' or 'none'.")
+    prefix = PrefixTuningConfig(num_virtual_tokens=arguments.num_virtual_tokens, task_type=task_type)
+    return start_prefix(get_peft_model(model, prefix), seed), tokenizer
 
 
 def _dtype_of(arguments: ModelArguments) -> torch.dtype:
@@ -289,6 +290,9 @@ def _card(task: Task, dataset_dir: str | None) -> ModelCardCallback:
     return ModelCardCallback(dataset=task.dataset, dataset_name=name, task_type=kind)
 
 
+_LAST = ("True", "true")  # of --resume_from_checkpoint: the last checkpoint of the output folder
+
+
 def run_trainer(trainer: ZOTrainer) -> dict[str, Any]:
     """Train, evaluate and write the metrics as the Trainer's own examples do; returns the evaluation's metrics."""
     training: Any = trainer.args
@@ -296,7 +300,7 @@ def run_trainer(trainer: ZOTrainer) -> dict[str, Any]:
     eval_set: Any = trainer.eval_dataset
     if training.do_train:
         resume = training.resume_from_checkpoint
-        result = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+        result = trainer.train(resume_from_checkpoint=True if resume in _LAST else resume)
         metrics = {**result.metrics, "train_samples": len(train_set), "train_shortened": train_set.shortened}
         trainer.save_model()
         trainer.log_metrics("train", metrics)
@@ -322,6 +326,11 @@ def main(family: str) -> dict[str, Any]:
         parser = HfArgumentParser((ModelArguments, DataArguments, ZOTrainingArguments))  # type: ignore[arg-type]
         model_arguments, data, training = parser.parse_args_into_dataclasses()
         task = get_task(data.task_name, family)
+        if not (training.do_train or training.do_eval):
+            raise ValueError("nothing to do: give --do_train, --do_eval or both.")
+        folder = Path(training.output_dir)
+        if training.resume_from_checkpoint in _LAST and not (folder.is_dir() and get_last_checkpoint(folder)):
+            raise ValueError(f"resume_from_checkpoint=True: {training.output_dir} has no checkpoint; leave it out to begin.")
         trainer = build_trainer(model_arguments, data, training, task)
     except (ValueError, OSError, ImportError) as error:  # OSError: a model or data set that is not to be had
         print(f"error: {error}", file=sys.stderr)

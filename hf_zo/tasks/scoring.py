@@ -58,6 +58,11 @@ class OptionCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make the batch: `OptionLabels`, ``input_ids``, ``attention_mask`` and, where needed, ``position_ids``."""
+        if not all("rows" in example for example in examples):
+            raise ValueError(
+                "OptionCollator reads the rows that encode_rows makes, and an example has none. A Trainer drops them unless "
+                "its arguments have remove_unused_columns=False."
+            )
         rows = [row for example in examples for row in example["rows"]]
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.pad, dtype=torch.long)

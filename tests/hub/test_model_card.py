@@ -11,11 +11,13 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from support import COMBINATIONS, Sentences, arguments_of, collate, tiny_llama, trainer_of
+from support import CASES, COMBINATIONS, Sentences, arguments_of, collate, tiny_llama, trainer_of
 
 from hf_zo import ModelCardCallback, ZOTrainer, cli
 from hf_zo.estimators import METHODS
+from hf_zo.estimators.mezo import MeZO
 from hf_zo.hub.model_card import _BIBTEX, FACTS_NAME, FIGURE_NAME, facts_of, render
+from hf_zo.training_args import RECOMMENDED
 
 ABOUT = {"dataset": "user/data", "dataset_name": "Data", "task_type": "text-classification"}
 
@@ -55,6 +57,7 @@ def test_a_card_tells_the_truth(case: str, form: str, tmp_path: Path) -> None:
     (result,) = data.eval_results
     assert (result.metric_type, result.dataset_name) == ("loss", "Data")
     assert result.metric_value == evaluated
+    assert "on its evaluation data, 8 examples." in text
 
 
 def test_a_card_says_what_a_replay_takes(tmp_path: Path) -> None:
@@ -67,6 +70,22 @@ def test_a_card_says_what_a_replay_takes(tmp_path: Path) -> None:
     text = str(render({**facts, "quantized": True}, None, "trajectory.safetensors"))
     assert "hf-zo replay" not in text  # the command refuses such a base
     assert 'model = hf_zo.replay(model, hf_zo.Trajectory.read("trajectory.safetensors"))' in text
+
+
+def test_a_method_of_ones_own_has_a_card_without_a_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(MeZO):
+        name, perturbs = "mine", "what it likes"
+
+    monkeypatch.setitem(METHODS, "mine", Mine)
+    monkeypatch.setitem(RECOMMENDED, "mine", RECOMMENDED["mezo"])
+    monkeypatch.setitem(CASES, "mine", {})
+    finished(tmp_path, "mine")
+    monkeypatch.delitem(METHODS, "mine")  # another process writes it again
+    assert cli.main(["card", str(tmp_path)]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "mine perturbs what it likes." in text
+    assert "arxiv" not in text.lower()
+    assert "Citation" not in text
 
 
 def test_every_method_has_its_reference() -> None:

@@ -178,6 +178,22 @@ def test_a_task_of_another_script_is_unknown(monkeypatch, capsys):
     assert "choose one of squad, drop." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "nothing to do: give --do_train, --do_eval or both"),
+        (["--do_train", "--resume_from_checkpoint", "True"], "x has no checkpoint; leave it out to begin"),
+    ],
+)
+def test_a_run_that_cannot_begin_ends_with_a_message(flags, said, monkeypatch, capsys):
+    told = ["--model_name_or_path", "x", "--task_name", "squad", "--output_dir", "x", "--use_cpu", *flags]
+    monkeypatch.setattr(sys, "argv", ["run.py", *told])
+    with pytest.raises(SystemExit) as ended:
+        main("squad")
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_setting_that_cannot_work_ends_with_its_message(run, capsys):
     with pytest.raises(SystemExit) as ended:
         run("sst2", SENTENCES, "--max_grad_norm", "1")

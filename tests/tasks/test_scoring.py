@@ -196,6 +196,11 @@ def test_scores_are_fp32_whatever_the_model(bpe):
     assert got.dtype == torch.float32
 
 
+def test_examples_whose_columns_the_trainer_dropped_are_named(bpe):
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        OptionCollator(bpe)([{"target": 1}])
+
+
 def test_labels_are_indexed_by_name_only():
     labels = OptionLabels(target=torch.tensor([1]), scored=torch.zeros(1, 1, 4))
     assert labels["target"].tolist() == [1]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 from support import Sentences, assert_same_weights, collate, load_base, trainer_of, weights_of
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_zo import Trajectory, ZOTrainer, cli
 from hf_zo.adapters import draw_adapter
@@ -44,6 +44,11 @@ def test_replay_command_for_adapters(case: str, run: Path, tmp_path: Path, capsy
     )
     for name in ("adapter_model.safetensors",):
         assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    if case == "zo_act":
+        other = LlamaForCausalLM(LlamaConfig(**{**load_base(run).config.to_dict(), "hidden_size": 32, "head_dim": None}))
+        other.save_pretrained(tmp_path / "other")
+        assert cli.main(["replay", str(tmp_path / "other"), str(tmp_path / "out"), "-o", str(tmp_path / "x")]) == 2
+        assert "does not fit the base model" in capsys.readouterr().err
 
 
 def test_replay_command_names_what_is_wrong(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +127,8 @@ def test_show_and_diff(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["trajectory", "show", str(run / "out"), "--plot", str(png)]) == 0
     out = capsys.readouterr().out
     assert all(
-        word in out for word in ("lozo", "9, 18 forward passes, 0 skipped", "projected gradient", "learning rate", "▁", "█")
+        word in out
+        for word in ("lozo", "9, 18 forward passes in them, 0 skipped", "projected gradient", "learning rate", "▁", "█")
     )
     assert png.read_bytes().startswith(b"\x89PNG")
     assert cli.main(["trajectory", "diff", str(run / "out"), str(run / "out" / LOG_NAME)]) == 0
@@ -135,3 +141,7 @@ def test_show_and_diff(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     Trajectory(other.header, Trajectory.read(run / "out").steps[:5]).write(tmp_path / SEALED_NAME)
     assert cli.main(["trajectory", "diff", str(run / "out"), str(tmp_path)]) == 1
     assert "equal for 5 steps" in capsys.readouterr().out
+    changed = {**other.header, "settings": {**other.header["settings"], "eps": 0.5}}
+    Trajectory(changed, Trajectory.read(run / "out").steps).write(tmp_path / SEALED_NAME)
+    assert cli.main(["trajectory", "diff", str(run / "out"), str(tmp_path)]) == 0
+    assert "header: settings differs (eps: 0.01 and 0.5)" in capsys.readouterr().out
