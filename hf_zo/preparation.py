@@ -42,8 +42,6 @@ class Preparation(EngineRuns):
     _calibrated = False
     _brings_adapter = False  # ZO-Act's was passed
     _brings_fit = False  # an adapter that was passed has been trained already
-    _fits: dict[str, str] | None = None  # what came of the fits, for the card; None where resuming has brought them
-    _decides_depth = False  # zo_method="auto" does, where zo_fit_depth is left open
     _given: tuple[Any, Any] = (None, None)  # data collator and training rows, before the Trainer has them
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:

@@ -371,8 +371,7 @@ class ZOTrainerMixin(Measurement):
                     f"The loss at probe {i + 1} of {len(losses)} is {loss} (step {self.state.global_step}, "
                     f"learning_rate={self.args.learning_rate}, zo_eps={self.args.zo_eps}). The weights are restored. Lower the "
                     "learning rate or set zo_clip if the loss was growing; look at the batch if it came suddenly (one "
-                    "without any label has no loss); or set "
-                    "zo_nonfinite='skip'."
+                    "without any label has no loss); or set zo_nonfinite='skip'."
                 )
         return losses
 
