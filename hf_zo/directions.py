@@ -81,17 +81,19 @@ class ExampleDirections(Direction):
         """The same directions with other weights."""
         return ExampleDirections(self.space, self.seed, self.step, self.index, self.kind, weights)
 
-    def each(self, name: str, count: int) -> torch.Tensor:
-        """The directions of tensor ``name`` for the first ``count`` examples: fp32, [count, *shape]."""
+    def each(self, name: str, examples: range) -> torch.Tensor:
+        """The directions of tensor ``name`` for some examples, numbered from 0: fp32, [len(examples), *shape]."""
         spec = self.space[name]
         key = noise.stream_key(self.seed, self.step, self.index, "examples", name)
-        return noise.sample(key, (count, *spec.shape), spec.device, self.kind)
+        out = torch.zeros(len(examples), torch.Size(spec.shape).numel(), device=spec.device)
+        numbers = torch.arange(examples.start, examples.stop)
+        return noise.displace(out, out, [key], [1.0], kind=self.kind, rows=numbers).view(-1, *spec.shape)
 
     def sample(self, name: str) -> torch.Tensor:
         """Their weighted sum for tensor ``name``, added up one by one, so that its bits do not depend on the machine."""
         spec = self.space[name]
         total = torch.zeros(spec.shape, dtype=torch.float32, device=spec.device)
-        for weight, z in zip(self.weights, self.each(name, len(self.weights)), strict=True):
+        for weight, z in zip(self.weights, self.each(name, range(len(self.weights))), strict=True):
             total += z * weight
         return total
 

@@ -71,15 +71,17 @@ class ExampleProbes:
             owned, x = self._layers[layer], args[0]
             runs = self._runs(x.shape[:-1].numel())
             flat, result = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
-            count = 1 + max(example for _, _, example in runs)
+            numbers = [example for _, _, example in runs]
+            present = range(min(numbers), max(numbers) + 1)
             for radius, family in current.terms:
                 assert isinstance(family, ExampleDirections)
-                z = {key: family.each(name, count).to(output.dtype) for key, name in owned.items()}
+                z = {key: family.each(name, present).to(output.dtype) for key, name in owned.items()}
                 for begin, end, example in runs:
+                    mine = example - present.start
                     if "weight" in z:
-                        result[begin:end].addmm_(flat[begin:end].to(result.dtype), z["weight"][example].t(), alpha=radius)
+                        result[begin:end].addmm_(flat[begin:end].to(result.dtype), z["weight"][mine].t(), alpha=radius)
                     if "bias" in z:
-                        result[begin:end].add_(z["bias"][example], alpha=radius)
+                        result[begin:end].add_(z["bias"][mine], alpha=radius)
             return result.view(output.shape)
 
         handles = [layer.register_forward_hook(displaced) for layer in self._layers]

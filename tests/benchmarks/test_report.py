@@ -6,19 +6,8 @@ from pathlib import Path
 import pytest
 from study.arms import ARMS
 from study.claims import CLAIMS, Claim
-from study.report import (
-    curve,
-    draw,
-    outcomes,
-    over_tasks,
-    page,
-    paired,
-    read_results,
-    table,
-    two_sided_p,
-    verdict,
-    write_report,
-)
+from study.outcomes import outcomes, over_tasks, paired, read_results, two_sided_p
+from study.report import curve, draw, page, table, verdict, write_report
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -26,7 +26,7 @@ def linear(probes: list[Any]) -> list[float]:
     losses = []
     for probe in probes:
         ((a, family),) = probe.terms
-        losses += (a * (family.each("w", EXAMPLES).double() * GRADIENTS).sum(1)).tolist()
+        losses += (a * (family.each("w", range(EXAMPLES)).double() * GRADIENTS).sum(1)).tolist()
     return losses
 
 
@@ -47,8 +47,9 @@ def test_moments(kind: Any, excess: int) -> None:
 def test_directions_of_examples() -> None:
     """They differ, do not depend on how many there are, and add up with their weights."""
     family = ExampleDirections(space_of({"w": torch.zeros(3, 5)}), 1, 2, 0)
-    four, six = family.each("w", 4), family.each("w", 6)
+    four, six, last = (family.each("w", range(*which)) for which in ((4,), (6,), (4, 6)))
     assert torch.equal(four, six[:4])
+    assert torch.equal(last, six[4:])
     assert not torch.equal(six[0], six[1])
     weights = [0.5, -2.0, 0.0, 1.0]
     torch.testing.assert_close(family.weighted(weights).sample("w"), torch.einsum("e,eij->ij", torch.tensor(weights), four))
