@@ -197,7 +197,7 @@ def _answers_of(
 def _of_answers(layer: nn.Module, answers: Sequence[_Answers]) -> Readings:
     assert isinstance(layer, LoraLayer)
     hidden, target, chosen, answer = (torch.cat(parts) for parts in list(zip(*answers, strict=True))[:4])
-    factor = answers[0].factor
+    factor = next((part.factor for part in answers if len(part.target)), 1.0)  # a batch without an answer tells none
     a, b = factors_of(layer)
     errors = torch.zeros(len(b), device=hidden.device)
     for tokens in (target, chosen):

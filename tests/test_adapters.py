@@ -238,6 +238,15 @@ def test_calibration_leaves_random_states_alone_and_sees_no_dropout(tmp_path: Pa
         assert torch.equal(basis, bases[1][name])
 
 
+def test_a_run_may_leave_first_tokens_out_of_its_basis(tmp_path: Path) -> None:
+    bases = []
+    for exclude in (False, True):
+        trainer = trainer_of(tmp_path, "zo_act", zo_act_exclude_first_token=exclude)
+        trainer._calibrate()
+        bases.append(bases_of(trainer.model))
+    assert not any(torch.equal(basis, bases[1][name]) for name, basis in bases[0].items())
+
+
 def test_a_random_basis_is_orthonormal_keyed_and_looks_at_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def bases_after(seed: int) -> dict[str, torch.Tensor]:
         trainer = trainer_of(tmp_path, "zo_act", zo_act_basis="random", zo_act_samples=64, zo_seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import assert_same_weights, tiny_llama, trained_of, weights_of
-from test_head import assert_replay_equals_run, assert_resumed_equals_whole, options, trainer
+from test_head import assert_replay_equals_run, assert_resumed_equals_whole, automatic, options, trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
@@ -40,7 +41,7 @@ class Reader(nn.Module):
 
 
 def problem(
-    chance: bool = False, left: bool = False, targets: Sequence[str] = ("attn",)
+    chance: bool = False, left: bool = False, targets: Sequence[str] = ("attn",), size: int = BATCH
 ) -> tuple[Any, list[dict[str, torch.Tensor]], torch.Tensor, Any, Any]:
     """Model, batches, targets, scores and rows. One input direction of every token tells the class."""
     g = torch.Generator().manual_seed(1)
@@ -55,7 +56,7 @@ def problem(
     if chance:
         target = torch.randint(3, (ROWS,), generator=g)
     model = attach(Reader(), 4, list(targets))
-    batches = [{"x": x[i : i + BATCH], "mask": mask[i : i + BATCH]} for i in range(0, ROWS, BATCH)]
+    batches = [{"x": x[i : i + size], "mask": mask[i : i + size]} for i in range(0, ROWS, size)]
     current: dict[str, torch.Tensor] = {}
 
     def scores(batch: Mapping[str, Any]) -> torch.Tensor:
@@ -119,6 +120,37 @@ def test_the_more_rows_the_closer_is_what_the_scores_read() -> None:
     assert found[1] > found[0]
 
 
+def test_half_as_many_rows_as_a_layer_is_wide_tell_what_the_scores_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def watched(changes: Any, *more: Any) -> torch.Tensor:
+        told.append(sum(map(len, changes.plain)))
+        return sensitive(changes, *more)
+
+    sensitive = depth._sensitive
+    monkeypatch.setattr(depth, "_sensitive", watched)
+    fit(problem(size=2))
+    assert told == [4]  # of 8
+
+
+def test_what_rows_of_even_and_of_odd_batches_tell_is_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(x: torch.Tensor, found: HeadFit, half: torch.Tensor) -> torch.Tensor:
+        a = torch.zeros(2, WIDTH)
+        a[:, 0], a[:, 1] = 1.0, float(half[-1])  # of the odd ones
+        return a
+
+    monkeypatch.setattr(depth, "_discriminants", told)
+    made = problem()
+    fit(made)
+    (_, layer), *_ = adapted_layers(made[0])
+    written = factors_of(layer)[0][-1]
+    torch.testing.assert_close(written[0], 2 * written[1])
+
+
+def test_rows_are_moved_from_the_scores_of_fits_that_have_not_seen_them() -> None:
+    assert fit(problem(), blind=True)["loss_before"] == pytest.approx(math.log(3))
+
+
 def test_a_layer_that_the_scores_do_not_read_stays_as_it_was() -> None:
     made = problem(targets=["attn", "unread"])
     start = weights_of(made[0])
@@ -156,11 +188,12 @@ def test_labels_of_chance_leave_the_blocks_as_they_were(caplog: pytest.LogCaptur
 # ---- where -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_second_block_of_the_middle_is_chosen() -> None:
+@pytest.mark.parametrize(("blocks", "chosen"), [(8, (2, 4, 6)), (12, (4, 6, 8))])
+def test_every_second_block_of_the_middle_is_chosen(blocks: int, chosen: tuple[int, ...]) -> None:
     model = tiny_llama()
-    model.model.layers.extend([tiny_llama().model.layers[0] for _ in range(10)])  # 12 blocks
+    model.model.layers.extend([tiny_llama().model.layers[0] for _ in range(blocks - 2)])
     names = attention_outputs(attach(model, 2))
-    assert [name.split("layers.")[1] for name in names] == [f"{i}.self_attn.o_proj" for i in (4, 6, 8)]
+    assert [name.split("layers.")[1] for name in names] == [f"{i}.self_attn.o_proj" for i in chosen]
 
 
 def test_an_encoder_has_them_too() -> None:
@@ -211,6 +244,29 @@ def test_batches_without_padding_give_the_same(tmp_path: Path) -> None:
     assert added[0].norm() > 0.1
     difference = float((added[0] - added[1]).norm() / added[0].norm())
     assert difference < 1e-3  # rounding of scores, over the radius
+
+
+@pytest.mark.usefixtures("unread")
+def test_padding_of_a_classifier_changes_nothing(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    texts = [torch.tensor([1, 2 + i % 3, *torch.randint(5, 64, (i % 4,), generator=g).tolist()]) for i in range(60)]
+    rows = [{"input_ids": ids, "labels": i % 3} for i, ids in enumerate(texts)]
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 64}
+
+    def padded(rows: list[dict[str, Any]], width: int) -> dict[str, torch.Tensor]:
+        ids = torch.stack([nn.functional.pad(row["input_ids"], (0, width - len(row["input_ids"]))) for row in rows])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": torch.tensor([row["labels"] for row in rows])}
+
+    added = []
+    for width in (8, 16):
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3, initializer_range=0.3))
+        run = automatic(tmp_path, rows, partial(padded, width=width), model, zo_fit_depth=True, per_device_train_batch_size=4)
+        run.create_optimizer()
+        basis, b = factors_of(next(iter(attention_outputs(run.model).values())))
+        added.append((b @ basis).detach())
+    assert added[0].norm() > 0.1
+    assert float((added[0] - added[1]).norm() / added[0].norm()) < 1e-3
 
 
 @pytest.mark.usefixtures("unread")

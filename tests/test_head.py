@@ -137,6 +137,15 @@ def test_the_weights_are_the_minimum_of_the_penalised_loss(bias: bool) -> None:
     assert facts["loss_after"] < 0.5 * facts["loss_before"]
 
 
+def test_left_out_rows_have_the_scores_of_the_ridge_that_was_chosen() -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(100, 6, generator=g)
+    target = (hidden[:, 0] > 0).long()
+    _, facts, left_out = fitted(hidden, torch.zeros(100, 2), target)
+    assert facts["ridge"] < max(RIDGES)
+    assert float(cross_entropy(left_out, target)) == pytest.approx(facts["loss_after"])
+
+
 def test_labels_of_chance_are_answered_by_the_strongest_ridge() -> None:
     g = torch.Generator().manual_seed(0)
     _, facts, _ = fitted(torch.randn(100, 30, generator=g), torch.zeros(100, 2), torch.randint(2, (100,), generator=g))
@@ -209,6 +218,20 @@ def test_the_adapter_adds_the_fit_to_the_options_and_nothing_to_other_tokens() -
     torch.testing.assert_close(torch.cat(wrote), torch.cat(hidden) @ weights.T.float(), atol=1e-5, rtol=1e-4)
     a = factors_of(output_layer(model))[0]
     torch.testing.assert_close(a @ a.T, torch.eye(len(a)), atol=1e-5, rtol=0)  # as ZO-Act wants its bases
+
+
+@pytest.mark.parametrize("alpha", [8, 16])
+def test_a_lora_adapter_adds_the_fit_whatever_it_is_scaled_by(alpha: int) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=8, lora_alpha=alpha, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    logits, data = logits_of(model), batches()
+    before = torch.cat([option_scores(logits(batch), batch["labels"]) for batch in data])
+    seen = read(model, output_layer(model), data, logits)
+    weights, _, _ = fitted(seen.hidden, seen.scores, seen.target)
+    fit_head(model, data, logits)
+    after = torch.cat([option_scores(logits(batch), batch["labels"]) for batch in data])
+    change, expected = after - before, seen.hidden @ weights.T.float()
+    # Log-probabilities of whole vocabularies differ from scores by a number for every row.
+    torch.testing.assert_close(change - change[:, :1], expected - expected[:, :1], atol=1e-4, rtol=1e-3)
 
 
 def test_options_of_two_tokens_get_the_fit_that_their_mean_log_probability_needs() -> None:
@@ -434,6 +457,19 @@ def test_free_answers_get_the_minimum_of_their_penalised_loss() -> None:
     layer: Any = output_layer(model)
     a, b = factors_of(layer)
     torch.testing.assert_close((b @ a)[seen.tokens], (weights[:-1] - weights[-1]).float(), atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_of_an_answer_are_left_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[Any] = []
+
+    def watched(*args: Any) -> Any:
+        groups.append(args[4])
+        return fitted(*args)
+
+    monkeypatch.setattr("hf_zo.head.fitted", watched)
+    model = attach(tiny_llama(), 4, with_head=True)
+    fit_head(model, answered_batches(), logits_of(model))
+    assert len(groups[0].unique()) == len(Answered())
 
 
 def test_a_model_that_answers_right_stays_as_it_was() -> None:
@@ -700,8 +736,10 @@ def test_auto_fits_the_output_layer_of_a_model_that_answers_freely(tmp_path: Pat
         ([{"input_ids": row["input_ids"]} for row in Answered()], whole_texts, {}),
         ([*Answered()][:4], collate, {}),
         (Encoded(second_token=7), OptionCollator(Pad()), {"remove_unused_columns": False}),  # type: ignore[arg-type]
+        ([*Encoded()][:4], OptionCollator(Pad()), {"remove_unused_columns": False}),  # type: ignore[arg-type]
+        ([*Encoded()][::2], OptionCollator(Pad()), {"remove_unused_columns": False}),  # type: ignore[arg-type]
     ],
-    ids=["labels of the collator's", "few answers", "options that vary"],
+    ids=["labels of the collator's", "few answers", "options that vary", "few prompts", "one answer to all prompts"],
 )
 def test_auto_is_zo_act_alone_where_there_is_nothing_to_fit(tmp_path: Path, data: Any, collator: Any, more: Any) -> None:
     run = automatic(tmp_path, data, collator, **more)
@@ -745,6 +783,17 @@ def test_auto_makes_the_model_by_model_init(tmp_path: Path) -> None:
         run.train()
         assert (run.args.zo_head_samples, run.args.zo_fit_depth) == (1000, True)
         assert any(p.any() for name, p in head_of(run.model).items() if "lora_B" in name)
+
+
+def test_auto_leaves_out_middle_blocks_of_a_model_that_is_made_anew(tmp_path: Path) -> None:
+    once = classifying(tmp_path, 3)
+    settings = {"zo_method": "auto", "zo_act_samples": 8, "max_steps": 1, "per_device_train_batch_size": 24}
+    arguments = ZOTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **settings)
+    config = once.model.get_base_model().config
+    run = ZOTrainer(args=arguments, model_init=lambda: BertForSequenceClassification(config), train_dataset=once.train_dataset)
+    for _ in range(2):
+        run.train()
+        assert not run.args.zo_fit_depth
 
 
 class Weighted(ZOTrainer):
@@ -841,6 +890,14 @@ def test_auto_names_a_fit_that_cannot_be_made(tmp_path: Path) -> None:
         automatic(tmp_path, Answered(), collate, zo_fit_depth=True)
 
 
+def test_auto_does_not_leave_out_a_fit_that_is_asked_for(tmp_path: Path) -> None:
+    pad: Any = OptionCollator(Pad())  # type: ignore[arg-type]
+    run = automatic(tmp_path, Encoded(second_token=7), pad, remove_unused_columns=False, zo_head_samples=8)
+    assert run.args.zo_head_samples == 8
+    with pytest.raises(ValueError, match=r"zo_method='auto' cannot fit the output layer: set zo_method='zo_act'"):
+        run.train()
+
+
 def test_auto_keeps_what_is_asked_for(tmp_path: Path) -> None:
     run = automatic(
         tmp_path,
@@ -912,6 +969,12 @@ def test_a_stream_that_knows_its_length_gives_its_first_rows(tmp_path: Path) -> 
     run = of_classes(tmp_path, Stream(), 2)
     assert run.args.zo_head_samples == 1000
     run.train()
+
+
+def test_labels_that_are_no_classes_leave_a_classifier_unfitted() -> None:
+    rows = [{"label": i % 3} for i in range(20)]
+    assert fittable(classifier("bert"), None, rows) == 3
+    assert fittable(classifier("bert"), None, [*rows, {"label": -100}]) is None
 
 
 def test_an_adapter_that_was_trained_is_not_fitted_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

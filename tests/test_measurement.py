@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Sentences, arguments_of, collate, tiny_llama
+from support import Sentences, arguments_of, collate, tiny_llama, trainer_of
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PretrainedConfig
 
@@ -106,6 +106,16 @@ def test_a_micro_batch_without_labels_changes_nothing(model: Any, where: int, tm
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_accuracy_of_tokens_is_that_of_whole_batches(tmp_path: Path) -> None:
+    logged = []
+    for packing in (True, False):
+        run = trainer_of(tmp_path, zo_objective="accuracy", zo_packing=packing, zo_eps=0.3, logging_steps=1)
+        run.train()
+        logged.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert len(set(logged[0])) > 1
+    assert logged[0] == logged[1]
 
 
 def test_compute_loss_func_and_label_smoothing_are_honoured(tmp_path: Path) -> None:
