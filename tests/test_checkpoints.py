@@ -24,6 +24,7 @@ from torch.utils.data import SequentialSampler
 from transformers import MistralConfig, MistralForCausalLM
 
 from hf_zo import ModelCardCallback, Trajectory, TrajectoryError, ZOTrainer, replay
+from hf_zo.checkpoints import last_complete_checkpoint
 from hf_zo.hub.model_card import facts_of
 from hf_zo.trajectory import LOG_NAME, SEALED_NAME
 
@@ -129,6 +130,29 @@ def test_best_weights_cannot_be_walked_to_from_the_middle_of_a_run(form: str, tm
         assert_same_weights(weights_of(resumed.model), after[resumed.state.best_global_step])
 
 
+def test_no_copy_of_the_start_stays_behind(tmp_path: Path) -> None:
+    trainer, _ = choosing(tmp_path, "full", zo_save_weights=False, max_steps=2)
+    meanwhile: list[bool] = []
+
+    def look(hook: str, step: int, kwargs: Any) -> None:
+        if hook == "on_step_end":
+            meanwhile.append(any(tmp_path.glob("_trajectory.start*")))
+
+    trainer.add_callback(Recorder(look))
+    trainer.train()
+    assert meanwhile == [True, True]
+    assert not list(tmp_path.glob("_trajectory.start*"))
+
+
+def test_checkpoints_of_a_second_run_hold_all_steps_to_them(tmp_path: Path) -> None:
+    """Whatever the best step of the first was."""
+    trainer, _ = choosing(tmp_path, "lora")
+    trainer.train()
+    assert trainer.state.best_global_step < 4
+    trainer.train()
+    assert [len(Trajectory.read(tmp_path / f"checkpoint-{n}").steps) for n in (1, 2, 3, 4)] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("case", ["mezo", "lozo-momentum"])
 def test_checkpoints_of_a_retry_hold_weights(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its steps do not begin at the base model: along a trajectory nobody could walk to its weights."""
@@ -214,6 +238,14 @@ def test_the_same_trainer_resumes_a_checkpoint_without_weights(tmp_path: Path) -
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_weights(weights_of(trainer.model), end)
     assert trainer._zo_optimizer.forward_passes == spent
+
+
+def test_the_last_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 class InOrder(ZOTrainer):

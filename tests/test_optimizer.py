@@ -337,6 +337,20 @@ def test_staging_leaves_the_weights():
     assert equal(params, before)
 
 
+def test_reset_forgets_all_since_construction():
+    params = make_params()
+    optimizer = make(params, inner=adamw, estimator=Counting(space_of(params)))
+    step(optimizer, 0)
+    optimizer.stage(None, forward_passes=3)
+    optimizer.step()
+    optimizer.stage(estimate(optimizer, 1))
+    optimizer.reset()
+    assert not optimizer.inner.state
+    assert (optimizer.skipped_steps, optimizer.forward_passes, optimizer.estimator.state) == (0, 0, {})
+    with pytest.raises(RuntimeError, match="staged"):
+        optimizer.step()
+
+
 # ---- saving and loading --------------------------------------------------------------------------------------------
 
 

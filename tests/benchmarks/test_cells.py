@@ -1,5 +1,6 @@
 """Cells that really run, on tiny random models: what is recorded, what is repeated, and what survives a kill."""
 
+import itertools
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import learning
 import pytest
@@ -15,12 +17,13 @@ import torch
 from benchmarks.made_up import write_rows
 from hardware import environment
 from study.arithmetic import ProductsInFp32, fp32_is_faster
-from study.cell import divergence, run_cell, with_demonstrations, write_cell
+from study.cell import divergence, run_cell, trainer_of, with_demonstrations, write_cell
 from study.grid import Cell, GridError
 from study.progress import best_multiplier, checked, read_cell, runnable
 from tasks.tiny import ROWS, make_bpe, make_wordpiece, tiny
 from transformers import AutoModelForSequenceClassification, BertModel
 
+from hf_zo import ZOTrainer
 from hf_zo.tasks import TASKS
 
 PHASES = ("tune", "final")
@@ -93,8 +96,9 @@ def test_a_grid_from_tuning_to_final(study):
     assert again == []
 
 
-def test_a_cell_is_the_same_every_time_and_another_seed_is_another_run(study):
-    grid, folders = study(multipliers=[100])
+@pytest.mark.parametrize("model", ["smollm2", "encoder"])  # the encoder's head is new
+def test_a_cell_is_the_same_every_time_and_another_seed_is_another_run(study, model):
+    grid, folders = study(model=model, multipliers=[100])
     runs = [run_cell(grid, Cell("final", "sst2", "lora", "mezo", 100, seed), folders) for seed in (1, 1, 2)]
     assert runs[0]["losses"] == runs[1]["losses"]
     assert runs[0]["evaluations"] == runs[1]["evaluations"]
@@ -157,6 +161,33 @@ def test_what_counts_as_divergence():
     assert divergence([0.7, 9.0, *[0.7] * 30]) is None  # came back
     assert "nan" in divergence([0.7, float("nan"), 0.7])
     assert "inf" in divergence([0.7, 0.7], [float("inf")])
+
+
+def test_a_run_with_an_evaluation_that_is_no_number_has_diverged(study, monkeypatch):
+    evaluate = ZOTrainer.evaluate
+    monkeypatch.setattr(ZOTrainer, "evaluate", lambda self, *a, **k: {**evaluate(self, *a, **k), "eval_loss": float("nan")})
+    grid, folders = study()
+    result = run_cell(grid, Cell("tune", "sst2", "lora", "mezo", 1, 0), folders)
+    assert (result["status"], result["error"]) == ("diverged", "a loss of nan")
+    assert result["evaluations"][0]["loss"] is None
+    assert result["steps"] == 6
+
+
+def test_seconds_are_those_of_preparing_and_of_training(study, monkeypatch):
+    monkeypatch.setattr("study.cell.time", SimpleNamespace(time=itertools.count(0, 10).__next__))
+    grid, folders = study(arms=["mezo-probe"], budget=24)
+    result = run_cell(grid, Cell("tune", "sst2", "lora", "mezo-probe", 1, 0), folders)
+    assert (result["train_seconds"], result["seconds"]) == (20, 50)
+
+
+def test_a_share_of_the_tensors_becomes_a_budget(study, monkeypatch):
+    made = []
+    monkeypatch.setattr("study.cell.trainer_of", lambda *told: made.append(trainer_of(*told)) or made[0])
+    grid, folders = study(arms=["curvzo-uniform"], forms=["lora"])
+    run_cell(grid, Cell("tune", "sst2", "lora", "curvzo-uniform", 1, 0), folders)
+    tensors = sum(p.requires_grad for p in made[0].model.parameters())
+    assert tensors > 2
+    assert made[0]._zo_optimizer.estimator.budget == 0.5 * tensors
 
 
 def test_a_classification_head_with_every_kind_of_arm(study):
@@ -226,6 +257,13 @@ def test_demonstrations_stand_before_the_prompt_as_many_as_fit(models):
     assert shown == 1
     unchanged, shown = with_demonstrations(TASKS["sst2"], [row], models / "smollm2", 511)
     assert (unchanged.prompt(row), shown) == ("a bad film It was", 0)
+
+
+def test_a_demonstration_shows_the_answer_that_a_task_works_out(models):
+    row, _ = ROWS["record"]
+    task, shown = with_demonstrations(TASKS["record"], [row], models / "smollm2", 64)
+    assert shown == 1
+    assert task.prompt(row).startswith(f"{TASKS['record'].prompt(row)}\nBob met Ann.\n\n")
 
 
 def test_a_cell_that_breaks_stops_nobody_else_and_leaves_no_file(study, capsys):

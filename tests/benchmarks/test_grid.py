@@ -172,6 +172,14 @@ def test_development_rows_are_never_trained_on_and_tuning_opens_no_validation_sp
     assert (again.train, again.scored) == (tuned.train, tuned.scored)
 
 
+def test_every_seed_is_scored_on_the_same_validation_rows(study):
+    grid, folders = study(eval_samples=6)
+    cells = (Cell("final", "sst2", "lora", "mezo", 1.0, seed) for seed in (1, 2))
+    first, second = (rows_of(grid, cell, folders.data).scored for cell in cells)
+    assert len(first) == 6
+    assert first == second
+
+
 def test_no_row_is_trained_on_whose_group_is_scored(study):
     grid, folders = study(tasks=["multirc"], dev_samples=10, train_samples=1000)
     questions = [{"paragraph": 0, "question": i // 4, "answer": i} for i in range(40)]

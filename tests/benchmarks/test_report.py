@@ -68,6 +68,13 @@ def test_outcomes_take_the_tuned_multiplier_and_flag_the_edge():
     assert found["zero-shot"].rate is None
 
 
+def test_the_development_score_is_the_best_of_all_multipliers():
+    better, chosen = tuned("lozo", {1: 0.72, 3: 0.70})
+    better["evaluations"][-1]["loss"] = 0.6  # the other one has 0.5
+    (of_table,) = outcomes([better, chosen]).values()
+    assert [(o.multiplier, o.development) for o in of_table] == [(3, 72)]
+
+
 def test_seconds_and_memory_of_emulated_cells_are_left_out():
     emulated = {"environment": {"bfloat16": "products in fp32, rounded"}, "train_seconds": 999.0, "peak_megabytes": 9999}
     runs = [*tuned("mezo", {1: 0.6}), cell("mezo", 0.7, seed=1), cell("mezo", 0.7, seed=2, **emulated)]
@@ -130,6 +137,16 @@ def test_means_over_tasks_are_of_arms_that_ran_on_all_of_them():
     assert mezo.scores == {1: pytest.approx(60.5), 2: pytest.approx(62)}
 
 
+def test_an_arm_that_was_only_tuned_on_a_task_keeps_its_mean_over_the_others():
+    final = [cell(arm, 0.7, task=task) for arm, task in (("mezo", "sst2"), ("mezo", "rte"), ("mezo", "cola"))]
+    final += [cell("lozo", 0.6, task=task) for task in ("sst2", "rte")]
+    means = over_tasks(outcomes([*final, *tuned("lozo", {1: 0.5}, task="cola")]))
+    assert {tasks: [o.arm for o in of_tasks] for (_, _, tasks), of_tasks in means.items()} == {
+        ("cola", "rte", "sst2"): ["mezo"],
+        ("rte", "sst2"): ["mezo", "lozo"],
+    }
+
+
 def test_a_task_counts_once_in_a_mean_from_the_grid_with_most_arms():
     rte = [*tuned("mezo", {1: 0.5}, task="rte"), cell("mezo", 0.4, task="rte")]
     for name in ("a-longer-run", "the-longer-run"):  # before and after the other grid
@@ -161,7 +178,7 @@ def test_the_recipe_is_its_fit_where_that_takes_the_budget():
         return [*tuned(arm, {1: 0.5}, task=task, form=form), *final]
 
     sst2 = [*two("depth-probe", 0.8, "sst2", forwards=30), *two("mezo", 0.6, "sst2", "lora")]
-    squad = [*two("linear-probe", 0.4, "squad", forwards=30), *two("mezo", 0.2, "squad", "lora")]
+    squad = [*two("linear-probe", 0.4, "squad", forwards=20), *two("mezo", 0.2, "squad", "lora")]
     tables = outcomes(sst2 + squad)
     found = {task: {o.arm: o for o in of_table} for (_, task, _), of_table in tables.items()}
     assert found["sst2"]["auto"].scores == found["sst2"]["depth-probe"].scores
@@ -173,7 +190,8 @@ def test_the_recipe_is_its_fit_where_that_takes_the_budget():
     begun = [*sst2, *tuned("auto", {1: 0.7}, form="base")]
     assert [o.scores for o in outcomes(begun)["made-up", "sst2", "lora"] if o.arm == "auto"] == [{}]
     short = [*two("depth-probe", 0.8, "sst2", forwards=10), *two("mezo", 0.6, "sst2", "lora")]  # room for steps
-    assert "auto" not in {o.arm for o in outcomes(short)["made-up", "sst2", "lora"]}
+    for results in (short, [*short, cell("depth-probe", 0.8, seed=3, form="base", forwards=30)]):
+        assert "auto" not in {o.arm for o in outcomes(results)["made-up", "sst2", "lora"]}
 
 
 def test_verdicts():

@@ -77,6 +77,20 @@ def test_gains_with_fixed_noise() -> None:
     assert gains == pytest.approx([1 / 2, 2 / 3])
     assert twice.scale == pytest.approx(1 / 2 + 2 / 3)
     assert twice.projected_gradients == pytest.approx((2.0, 4.0))
+    wide = BSZO(space, samples=2, prior=2.0, noise=1.0, adaptive=False).estimate(0, given([2.0, 4.0]))
+    assert wide.scale == pytest.approx(2 * 4 / 5)
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(None, (4.0, -8.0)), (5.0, (4.0, -5.0)), (1.0, (1.0, -1.0))])
+@pytest.mark.parametrize(("two_sided", "losses", "loss"), [(False, [1.0, 2.0, -1.0], 1.0), (True, [2.0, 0.0, 0.0, 4.0], 1.5)])
+def test_clip_bounds_every_response(
+    two_sided: bool, losses: list[float], loss: float, clip: float | None, expected: tuple[float, float]
+) -> None:
+    fixed: dict[str, Any] = {"samples": 2, "prior": 1.0, "noise": 1.0, "adaptive": False, "eps": 0.25}
+    estimate = BSZO(space_of({"w": G}), two_sided=two_sided, clip=clip, **fixed).estimate(0, lambda probes: losses)
+    assert estimate.projected_gradients == expected
+    assert [w for w, _ in estimate.terms] == pytest.approx([s / 2 for s in expected])
+    assert estimate.loss == loss  # the loss is reported as measured
 
 
 @pytest.mark.parametrize(("size", "gain"), [(0.1, 0.990), (1.0, 0.447), (10.0, 0.0058)])

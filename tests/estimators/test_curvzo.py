@@ -185,6 +185,23 @@ def test_selecting_everything_is_mezo_bit_for_bit(granularity: str, budget: floa
         assert torch.equal(ours.gradient(name, g), mezo.gradient(name, g))
 
 
+@pytest.mark.parametrize(("clip", "expected"), [(None, 4.0), (5.0, 4.0), (1.0, 1.0)])
+def test_clip_bounds_the_response(clip: float | None, expected: float) -> None:
+    estimate = CurvZO(space_of(GRADIENT), eps=0.25, clip=clip).estimate(0, lambda probes: [3.0, 1.0])
+    assert estimate.projected_gradients == (expected,)
+    assert [w for w, _ in estimate.terms] == [expected]
+    assert float(estimate.state["scores"].sum()) == pytest.approx(expected**2)
+    assert estimate.loss == 2.0  # the loss is reported as measured
+
+
+@pytest.mark.parametrize(("granularity", "budget"), [("block", 1.5), ("coordinate", 3.0)])
+def test_rademacher_entries_are_signs_where_selected(granularity: str, budget: float) -> None:
+    scores = SCORES if granularity == "block" else COORDINATE_SCORES
+    estimator = estimator_of(scores, granularity=granularity, budget=budget, reweight="none", direction="rademacher")
+    applied = [direction for t in range(20) for _, direction in estimator.estimate(t, linear).terms]
+    assert {x for d in applied for x in flat({n: d.sample(n) for n in GRADIENT}).tolist()} == {-1.0, 0.0, 1.0}
+
+
 @pytest.mark.parametrize("sizes", [[19_700_000 + i for i in range(340)], [3 << 31, 5]])
 def test_scores_of_more_parameters_than_their_energies_add_up_in_64_bits(
     sizes: list[int], monkeypatch: pytest.MonkeyPatch
@@ -312,6 +329,18 @@ def test_nothing_falls_below_the_floor() -> None:
     estimator = CurvZO(space_of(GRADIENT), budget=1.0, floor=0.1)
     estimator.state = {"scores": torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), "empty_draws": 0}
     assert estimator.probabilities().tolist() == pytest.approx([1.0, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("budget", [None, 1.5])
+def test_negative_scores_count_as_zero(budget: float | None) -> None:
+    """Debiased scores can be."""
+    negative, zero = (
+        estimator_of(torch.tensor([1.0, least, 0.2], dtype=torch.float64), budget=budget, floor=0.1).probabilities()
+        for least in (-0.1, 0.0)
+    )
+    assert torch.equal(negative, zero)
+    assert zero.isfinite().all()
+    assert float(zero[1]) == 0.1
 
 
 @pytest.mark.parametrize(

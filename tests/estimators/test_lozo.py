@@ -148,7 +148,7 @@ def test_momentum_equals_the_dense_reference(gradient: dict[str, torch.Tensor]) 
 def test_momentum_is_projected_on_a_new_v(shape: tuple[int, int], rank: int) -> None:
     """N <- N (V_old^T V_new) / n, also where N has the shape of the matrix."""
     gradient = {"w": torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))}
-    estimator, oracle = LoZO(space_of(gradient), rank=rank, interval=2, momentum=0.7), linear(gradient)
+    estimator, oracle = LoZO(space_of(gradient), seed=3, rank=rank, interval=2, momentum=0.7), linear(gradient)
     average, before = torch.zeros(()), torch.zeros(())
     for t in range(5):
         estimate = estimator.estimate(t, oracle)
@@ -177,6 +177,14 @@ def test_unscaled_estimates_are_r_times_larger_and_say_so(gradient: dict[str, to
     unscaled = LoZO(space_of(gradient), rank=4, scale_by_rank=False).estimate(3, oracle)
     torch.testing.assert_close(unscaled.gradient("w", gradient["w"]), 4 * scaled.gradient("w", gradient["w"]))
     assert (scaled.scale, unscaled.scale) == (1.0, 4.0)
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(None, 4.0), (5.0, 4.0), (1.0, 1.0)])
+def test_clip_bounds_the_response(clip: float | None, expected: float, gradient: dict[str, torch.Tensor]) -> None:
+    estimate = LoZO(space_of(gradient), eps=0.25, clip=clip).estimate(0, lambda probes: [3.0, 1.0])
+    assert estimate.projected_gradients == (expected,)
+    assert [w for w, _ in estimate.terms] == [expected]
+    assert estimate.loss == 2.0  # the loss is reported as measured
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (3, 4), (2, 3, 4), (2, 3, 2, 2), (1, 9)])
