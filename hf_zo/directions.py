@@ -86,7 +86,7 @@ class ExampleDirections(Direction):
         spec = self.space[name]
         key = noise.stream_key(self.seed, self.step, self.index, "examples", name)
         out = torch.zeros(len(examples), torch.Size(spec.shape).numel(), device=spec.device)
-        numbers = torch.arange(examples.start, examples.stop)
+        numbers = torch.arange(examples.start, examples.stop, device=spec.device)
         return noise.displace(out, out, [key], [1.0], kind=self.kind, rows=numbers).view(-1, *spec.shape)
 
     def sample(self, name: str) -> torch.Tensor:

@@ -28,6 +28,11 @@ class EngineRuns(TrajectoryCheckpoints):
         """Whether the loss is computed by `Trainer.compute_loss`, and not by a subclass of the user's."""
         raise NotImplementedError
 
+    @property
+    def _loss_is_cross_entropy(self) -> bool:
+        """Whether no argument makes another loss of the Trainer's: neither smoothed labels nor a function of one's own."""
+        return self.label_smoother is None and self.compute_loss_func in (None, option_loss)
+
     def _engine_of(self, model: nn.Module) -> Engine | None:
         """The engine that computes forward passes of ``model`` in this process, if the arguments want one."""
         if self.args.zo_runtime != "vllm" or self.args.zo_server is not None:

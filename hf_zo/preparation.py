@@ -27,7 +27,7 @@ from .head import HeadFit, fit_head, fittable, output_layer
 from .objectives import example_count, logits_of
 from .packing import Packing, numbered
 from .runtimes.torch import Randomness, evaluation_mode
-from .tasks.scoring import OptionLabels, option_loss, option_scores
+from .tasks.scoring import OptionLabels, option_scores
 from .training_args import AUTO_DEPTH_OPTIONS, AUTO_HEAD_SAMPLES, ZOTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class Preparation(EngineRuns):
 
     def _fit(self) -> None:
         assert self.args.zo_head_samples
-        if not self._loss_is_the_trainers() or self.label_smoother or self.compute_loss_func not in (None, option_loss):
+        if not (self._loss_is_the_trainers() and self._loss_is_cross_entropy):
             logger.warning(
                 "The output layer is fitted by plain cross-entropy; the loss that you have set acts on the steps alone."
             )

@@ -39,8 +39,8 @@ from .precision import LossesSeen, warn_of_slow_products
 from .runtimes import TorchRuntime
 from .runtimes.remote import Server
 from .runtimes.torch import Randomness, evaluation_mode
-from .tasks.scoring import option_loss, option_predictions
-from .training_args import Trained, ZOTrainingArguments, recommended
+from .tasks.scoring import option_predictions
+from .training_args import Trained, ZOTrainingArguments, default_optim, recommended
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class ZOTrainerMixin(Measurement):
                     f"{name} is quantised ({type(p).__name__}, {p.dtype}) and cannot be trained; freeze it and train a PEFT "
                     "adapter on top."
                 )
-        if self.args.zo_per_example and (self.label_smoother is not None or self.compute_loss_func not in (None, option_loss)):
+        if self.args.zo_per_example and not self._loss_is_cross_entropy:
             raise ValueError(
                 "zo_per_example=True takes the loss for a mean cross-entropy, and label_smoothing_factor or compute_loss_func "
                 "makes it another one. Unset one of them."
@@ -169,7 +169,7 @@ class ZOTrainerMixin(Measurement):
 
     def _warn_of_default_rate(self, rate: float) -> None:
         """Say so where the default rate is not meant for use as it is."""
-        usual = "adamw_torch" if self.args.zo_method == "zo_act" else "sgd"
+        usual = default_optim(self.args.zo_method)
         if self.args.optim != usual:
             logger.warning(
                 "learning_rate is %g by default, which is for optim=%r, and optim is %r: set it.", rate, usual, self.args.optim

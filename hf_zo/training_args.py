@@ -57,6 +57,11 @@ def recommended(method: str, trained: Trained, after_head: bool = False) -> tupl
     return learning_rate * (AFTER_HEAD.get(method, 1.0) if after_head else 1.0), eps
 
 
+def default_optim(method: str) -> str:
+    """``optim`` that the recommended rate of a method is for."""
+    return "adamw_torch" if method == "zo_act" else "sgd"
+
+
 def _number(name: str, told: str) -> float:
     try:
         return float(told)
@@ -247,7 +252,7 @@ class ZOTrainingArguments(TrainingArguments):
         else:
             self.zo_head_samples, self.zo_fit_depth = self.zo_head_samples or 0, bool(self.zo_fit_depth)
         if self.optim is None:
-            self.optim = "adamw_torch" if self.zo_method == "zo_act" else "sgd"
+            self.optim = default_optim(self.zo_method)
         self._check_domains()
         self._check_methods()
         self._check_backward_only()

@@ -1,4 +1,4 @@
-"""What cells come to: scores of an arm by seed, means over tasks, and paired tests. All of it is pure."""
+"""What cells come to: scores of an arm by seed, means over tasks, and paired tests. All but `read_results` is pure."""
 
 from __future__ import annotations
 

@@ -25,10 +25,10 @@ from transformers import (
     TorchAoConfig,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters import draw_adapter, start_prefix
 from ..anatomy import virtual_tokens
+from ..checkpoints import last_complete_checkpoint
 from ..hub import ModelCardCallback
 from ..precision import cpu_multiplies_16_bit
 from ..trainer import ZOTrainer
@@ -328,8 +328,7 @@ def main(family: str) -> dict[str, Any]:
         task = get_task(data.task_name, family)
         if not (training.do_train or training.do_eval):
             raise ValueError("nothing to do: give --do_train, --do_eval or both.")
-        folder = Path(training.output_dir)
-        if training.resume_from_checkpoint in _LAST and not (folder.is_dir() and get_last_checkpoint(folder)):
+        if training.resume_from_checkpoint in _LAST and last_complete_checkpoint(training.output_dir) is None:
             raise ValueError(f"resume_from_checkpoint=True: {training.output_dir} has no checkpoint; leave it out to begin.")
         trainer = build_trainer(model_arguments, data, training, task)
     except (ValueError, OSError, ImportError) as error:  # OSError: a model or data set that is not to be had
